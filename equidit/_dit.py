@@ -1,0 +1,135 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ._blocks import AdaLNZeroBlock, Stack
+from ._common import check_positive
+from ._layers import FinalLayer, LabelConditioner, Linear, TimestepConditioner
+from ._ops import grid_of, patchify, sincos_2d, unpatchify
+
+
+class DiT(eqx.Module):
+    """A Diffusion Transformer: a [`equidit.Network`][] over patches of an image or latent.
+
+    ??? cite
+
+        [Scalable Diffusion Models with Transformers](https://arxiv.org/abs/2212.09748)
+
+        ```bibtex
+        @inproceedings{peebles2023dit,
+          title={Scalable Diffusion Models with Transformers},
+          author={Peebles, William and Xie, Saining},
+          booktitle={ICCV},
+          year={2023},
+        }
+        ```
+    """
+
+    patch_embed: Linear
+    conditioner: Any
+    blocks: Any
+    final: Any
+    in_channels: int = eqx.field(static=True)
+    out_channels: int = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int | None,
+        *,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
+        block: Callable[..., Any] = AdaLNZeroBlock,
+        final: Callable[..., Any] = FinalLayer,
+        conditioner: Callable[..., Any] | None = None,
+        remat: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_channels`: channels of the input; 4 for Stable Diffusion's latents.
+        - `patch_size`: side of a patch, the paper's p.
+        - `hidden_size`: size of a token, a multiple of 4 and of `num_heads`.
+        - `depth`: number of blocks.
+        - `num_heads`: attention heads of a block.
+        - `num_classes`: number of labels; label `num_classes` is the null label. `None` makes an
+            unconditional network, called as `network(x, t, None)`.
+        - `mlp_ratio`: the MLPs' hidden size as a multiple of `hidden_size`.
+        - `learn_sigma`: whether the output has a second half, for the variance.
+        - `block`: a class or function called as `block(hidden_size, num_heads, mlp_ratio, key=key)`
+            that makes a [`equidit.Block`][].
+        - `final`: likewise `final(hidden_size, patch_size, out_channels, key=key)`.
+        - `conditioner`: a module called as `conditioner(t, cond)` that returns a
+            [`equidit.Conditioning`][] of vectors of `hidden_size`. With it `num_classes` must be
+            `None`. By default timestep + label.
+        - `remat`: see [`equidit.Stack`][].
+        - `key`: initialises the weights.
+        """
+        check_positive(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
+        if hidden_size % 4:
+            raise ValueError(f"hidden_size={hidden_size} must be a multiple of 4")
+        if conditioner is not None and num_classes is not None:
+            raise ValueError(
+                f"num_classes={num_classes} has no meaning beside a conditioner: pass num_classes=None"
+            )
+        patch_key, cond_key, blocks_key, final_key = jax.random.split(key, 4)
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.patch_size = patch_size
+        self.patch_embed = Linear(patch_size**2 * in_channels, hidden_size, key=patch_key)
+        if conditioner is not None:
+            self.conditioner = conditioner
+        elif num_classes is None:
+            self.conditioner = TimestepConditioner(hidden_size, key=cond_key)
+        else:
+            self.conditioner = LabelConditioner(num_classes, hidden_size, key=cond_key)
+        make_block = partial(block, hidden_size, num_heads, mlp_ratio)
+        self.blocks = Stack(make_block, depth, remat=remat, key=blocks_key)
+        self.final = final(hidden_size, patch_size, self.out_channels, key=final_key)
+
+    def __call__(
+        self,
+        x: Float[Array, "channels height width"],
+        t: Float[Array, ""] | Int[Array, ""],
+        cond: PyTree,
+    ) -> Float[Array, "out height width"]:
+        """**Arguments:**
+
+        - `x`: one noisy image or latent. Any height and width that the patch size divides, square
+            or not.
+        - `t`: its time, in units of diffusion steps (0 to 999).
+        - `cond`: what the conditioner takes: by default an integer label as an array, where
+            `num_classes` is the null label.
+
+        **Returns:**
+
+        The predicted noise and, with `learn_sigma`, `channels` more for the variance. The dtype is
+        `x`'s; inside, the network computes in its parameters' dtype.
+        """
+        channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise ValueError(f"x has {channels} channels, the network in_channels={self.in_channels}")
+        grid = grid_of(height, width, self.patch_size)
+        dtype = self.patch_embed.weight.dtype
+        tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
+        tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
+        conditioning = self.conditioner(t, cond)
+        if conditioning.positions is None:
+            rows, columns = jnp.meshgrid(*map(jnp.arange, grid), indexing="ij")
+            positions = jnp.stack([rows.ravel(), columns.ravel()], axis=1).astype(jnp.float32)
+            conditioning = dataclasses.replace(conditioning, positions=positions)
+        tokens = self.blocks(tokens, conditioning)
+        patches = self.final(tokens, conditioning)
+        return unpatchify(patches, self.patch_size, grid).astype(x.dtype)

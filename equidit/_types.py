@@ -1,0 +1,77 @@
+"""The vocabulary of shapes, and the three seams at which code of your own takes part.
+
+Axis names, the same in every signature of the library:
+
+| name | meaning |
+| --- | --- |
+| `channels height width` | an image or a latent, channels first |
+| `tokens dim` | a sequence of tokens and the model's hidden size |
+| `cond dim` | the conditioning as a sequence |
+| `features` | the entries of one patch, in the order (row, column, channel) |
+| `heads head_dim` | attention heads and the size of each |
+| `out` | output features or channels |
+| `steps` | diffusion steps of a schedule |
+| `batch` | examples; only in `train`, `data` and `metrics` |
+
+Everything else takes **one example**: batch with `jax.vmap`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+
+class Conditioning(eqx.Module):
+    """What a block is conditioned on, for one example.
+
+    **Fields:**
+
+    - `vector`: read by adaptive norms; the paper's timestep embedding + label embedding.
+    - `tokens`: read by attention; the paper's sequence [timestep, label].
+    - `mask`: which of `tokens` may be attended to; `None` is all of them.
+    - `positions`: row and column of every image token, in patches. `DiT` fills it in, since a
+        conditioner does not know the size of the image.
+    """
+
+    vector: Float[Array, " dim"]
+    tokens: Float[Array, "cond dim"] | None = None
+    mask: Bool[Array, " cond"] | None = None
+    positions: Float[Array, "tokens 2"] | None = None
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A denoiser: anything called as `network(x, t, cond)`.
+
+    `x` is one noisy example, `t` its time (for DiT in units of diffusion steps, 0 to 999) and
+    `cond` whatever the network takes, by default an integer label. The result has the height and
+    width of `x`, and as many channels or (with a learned variance) twice as many.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "channels height width"],
+        t: Float[Array, ""] | Int[Array, ""],
+        cond: PyTree,
+        /,
+    ) -> Float[Array, "out height width"]: ...
+
+
+@runtime_checkable
+class Block(Protocol):
+    """A transformer block: anything called as `block(tokens, cond)` that keeps the shape."""
+
+    def __call__(
+        self, tokens: Float[Array, "tokens dim"], cond: Conditioning, /
+    ) -> Float[Array, "tokens dim"]: ...
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A training objective: anything called as `loss(network, example, key)`, for one example.
+
+    `example` is one element of the batch (any pytree) and `key` is that example's own.
+    """
+
+    def __call__(self, network: Any, example: PyTree, key: PRNGKeyArray, /) -> Float[Array, ""]: ...
