@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -12,3 +15,14 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of an optional extra: if one is missing, the error says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed: pip install 'equidit[{name}]'", name=error.name
+        ) from error

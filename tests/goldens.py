@@ -1,0 +1,102 @@
+"""The golden arrays of the original network and diffusion, and how far the library is from them.
+
+Every function returns the errors by name, relative to the golden's largest entry, so that
+`test_mutations.py` can show that a wrong implementation is seen.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import from_official, golden
+
+import equidit as edt
+from equidit import diffusion as dfn
+
+NETWORKS: dict[str, dict[str, int]] = {
+    "dit_tiny": dict(hidden_size=32, num_heads=2, num_classes=4),
+    "dit_tiny_unit": dict(hidden_size=48, num_heads=4, num_classes=6),
+}
+INPUTS = {"x", "t", "label", "cfg_x", "cfg_t", "cfg_label"}
+
+
+def _error(value: Any, target: np.ndarray) -> float:
+    assert value.shape == target.shape
+    return float(np.abs(np.asarray(value, np.float64) - target).max() / np.abs(target).max())
+
+
+def network_errors(name: str, **overrides: int) -> dict[str, float]:
+    arrays = golden(name)
+    n = from_official(arrays, **(NETWORKS[name] | overrides))
+    x, t, label = (jnp.asarray(arrays[key]) for key in ("x", "t", "label"))
+    t, label = t.astype(jnp.int32), label.astype(jnp.int32)
+    first, second = n.blocks.unstack()
+
+    def values(x: Any, t: Any, label: Any) -> dict[str, Any]:
+        patches = n.patch_embed(edt.patchify(x, 2))
+        tokens = patches + edt.sincos_2d(patches.shape[1], (4, 4))
+        cond = n.conditioner(t, label)
+        block0 = first(tokens, cond)
+        block1 = second(block0, cond)
+        return {
+            "patch_embedding": patches,
+            "timestep_features": edt.timestep_features(t),
+            "timestep_embedding": n.conditioner.timestep(t),
+            "label_embedding": n.conditioner.label(label),
+            "conditioning": cond.vector,
+            "block_in": tokens,
+            "attention_out": first.attention(tokens),
+            "mlp_out": first.mlp(tokens),
+            "block0_out": block0,
+            "block1_out": block1,
+            "final_layer_out": n.final(block1, cond),
+            "out": n(x, t, label),
+        }
+
+    results = jax.vmap(values)(x, t, label)
+    null = NETWORKS[name]["num_classes"]
+    guided = edt.guide(n, 4.0, jnp.int32(null), channels=3)
+    cfg_x, cfg_t, cfg_label = (jnp.asarray(arrays[key]) for key in ("cfg_x", "cfg_t", "cfg_label"))
+    results["cfg3_scale4"] = jax.vmap(guided, in_axes=(0, None, 0))(
+        cfg_x, cfg_t.astype(jnp.int32), cfg_label.astype(jnp.int32)
+    )
+    results["state_dict/pos_embed"] = edt.sincos_2d(NETWORKS[name]["hidden_size"], (4, 4))[None]
+    targets = {
+        key
+        for key in arrays
+        if key not in INPUTS and (key == "state_dict/pos_embed" or not key.startswith("state_dict/"))
+    }
+    assert targets == results.keys()
+    return {key: _error(value, arrays[key]) for key, value in results.items()}
+
+
+def diffusion_errors(spec: str) -> dict[str, float]:
+    arrays = golden("diffusion")
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, spec))
+    x0, noise, output = (jnp.asarray(arrays[key]) for key in ("x0", "noise", "model_output"))
+    t = jnp.asarray(arrays[f"{spec}/t"]).astype(jnp.int32)
+    key = jax.random.key(3)
+
+    def values(x0: Any, noise: Any, output: Any, xt: Any, t: Any) -> dict[str, Any]:
+        mse, vb = dfn.hybrid_terms(schedule, output, x0, xt, t, noise)
+        return {
+            "x_t": dfn.q_sample(schedule, x0, t, noise),
+            "hybrid_mse": mse,
+            "hybrid_vb": vb,
+            "hybrid_loss": mse + vb,
+            "p_pred_xstart": dfn.predict_x0(schedule, xt, t, output[:4]),
+            "ddim_step_eta0": dfn.ddim_step(lambda *_: output, schedule, xt, t, None, key=key),
+            "ddpm_step": dfn.ddpm_step(lambda *_: output, schedule, xt, t, None, key=key),
+        }
+
+    results = jax.vmap(values)(x0, noise, output, jnp.asarray(arrays[f"{spec}/x_t"]), t)
+    # The step's own noise, known from its key, turns the golden mean and variance into a golden.
+    z = np.asarray(jax.random.normal(key, x0.shape[1:]))[None]
+    deviation = np.exp(arrays[f"{spec}/p_log_variance"] / 2) * (np.asarray(t) > 0)[:, None, None, None]
+    targets = {k.removeprefix(f"{spec}/"): v for k, v in arrays.items() if k.startswith(f"{spec}/")}
+    targets["ddpm_step"] = targets.pop("p_mean") + deviation * z
+    for name in ("t", "p_log_variance"):
+        del targets[name]
+    tables = {name: getattr(schedule, name) for name, v in targets.items() if v.dtype == np.float64}
+    return {name: _error(value, targets[name]) for name, value in (results | tables).items()}

@@ -1,0 +1,136 @@
+"""Tables of all objects that the laws are tested over, and what several tests share."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import AbstractArray, jaxtyped
+
+import equidit as edt
+from equidit import diffusion as dfn
+
+DATA = Path(__file__).parent / "data"
+PAPER = json.loads((DATA / "paper.json").read_text())
+
+BLOCKS: dict[str, Callable[..., Any]] = {"adaln-zero": edt.AdaLNZeroBlock}
+IDENTITY_AT_INIT = {"adaln-zero"}
+STEPS: dict[str, Callable[..., Any]] = {
+    "ddpm-learned": partial(dfn.ddpm_step, variance="learned"),
+    "ddpm-small": partial(dfn.ddpm_step, variance="small"),
+    "ddpm-large": partial(dfn.ddpm_step, variance="large"),
+    "ddpm-clip": partial(dfn.ddpm_step, clip=True),
+    "ddim": dfn.ddim_step,
+    "ddim-eta": partial(dfn.ddim_step, eta=1.0),
+    "ddim-clip": partial(dfn.ddim_step, clip=True),
+}
+BETAS = {"linear": dfn.linear_betas, "cosine": dfn.cosine_betas}
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / f"{name}.npz") as archive:
+        return dict(archive)
+
+
+def randomize(tree: Any, seed: int = 0, scale: float = 0.1) -> Any:
+    """Every array drawn anew, so that no zero-initialised gate hides what is behind it."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draw = [
+        scale * jax.random.normal(key, leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, draw)
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest difference of any two leaves, relative to that leaf's largest entry."""
+    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert [np.shape(x) for x in left] == [np.shape(y) for y in right]
+    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(left, right, strict=True)]
+    return max(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30) for x, y in pairs)
+
+
+def tree_allclose(a: Any, b: Any, tolerance: float = 0.0) -> bool:
+    """Whether all leaves agree to `tolerance` of their largest entry; 0 is bit for bit."""
+    return difference(a, b) <= tolerance
+
+
+def tiny(**overrides: Any) -> edt.DiT:
+    """A small network with random weights, for digits-like inputs of 1x8x8."""
+    sizes: dict[str, Any] = dict(
+        in_channels=1, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=10
+    )
+    return randomize(edt.DiT(**(sizes | overrides), key=jax.random.key(0)))
+
+
+def images(count: int, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (count, *shape))
+
+
+def check_fields(module: Any) -> None:
+    """jaxtyping does not check the fields of a class with an `__init__` of its own."""
+    with jaxtyped("context"):  # pyright: ignore[reportGeneralTypeIssues]
+        for field in dataclasses.fields(module):
+            if isinstance(field.type, type) and issubclass(field.type, AbstractArray):
+                assert isinstance(getattr(module, field.name), field.type), field.name
+
+
+def from_official(
+    weights: dict[str, np.ndarray], *, num_heads: int, hidden_size: int, num_classes: int
+) -> edt.DiT:
+    """The golden networks: input 4x8x8, patch 2, depth 2, under the original names."""
+    network = edt.DiT(4, 2, hidden_size, 2, num_heads, num_classes, key=jax.random.key(0))
+    prefix = "state_dict/"
+    left = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    del left["pos_embed"]
+
+    def linear(name: str) -> list[np.ndarray]:
+        return [left.pop(f"{name}.weight"), left.pop(f"{name}.bias")]
+
+    def stacked(name: str) -> list[np.ndarray]:
+        return [np.stack(pair) for pair in zip(*(linear(f"blocks.{i}.{name}") for i in (0, 1)), strict=True)]
+
+    kernel, bias = linear("x_embedder.proj")
+    values = [
+        kernel.transpose(0, 2, 3, 1).reshape(hidden_size, -1),
+        bias,
+        *linear("t_embedder.mlp.0"),
+        *linear("t_embedder.mlp.2"),
+        left.pop("y_embedder.embedding_table.weight"),
+        *stacked("attn.qkv"),
+        *stacked("attn.proj"),
+        *stacked("mlp.fc1"),
+        *stacked("mlp.fc2"),
+        *stacked("adaLN_modulation.1"),
+        *linear("final_layer.adaLN_modulation.1"),
+        *linear("final_layer.linear"),
+    ]
+    assert not left, f"unused: {sorted(left)}"
+
+    def leaves(n: edt.DiT) -> list[Any]:
+        layers = [
+            n.patch_embed,
+            n.conditioner.timestep.up,
+            n.conditioner.timestep.down,
+            n.blocks.blocks.attention.qkv,
+            n.blocks.blocks.attention.out,
+            n.blocks.blocks.mlp.up,
+            n.blocks.blocks.mlp.down,
+            n.blocks.blocks.modulation,
+            n.final.modulation,
+            n.final.linear,
+        ]
+        flat = [leaf for layer in layers for leaf in (layer.weight, layer.bias)]
+        return [*flat[:6], n.conditioner.label.table, *flat[6:]]
+
+    for old, new in zip(leaves(network), values, strict=True):
+        assert old.shape == new.shape
+    return eqx.tree_at(leaves, network, [jnp.asarray(value) for value in values])

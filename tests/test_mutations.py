@@ -1,0 +1,76 @@
+"""The golden tests see what they should: each wrong implementation fails them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import NETWORKS, diffusion_errors, network_errors
+from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
+
+import equidit as edt
+from equidit import _layers, diffusion as dfn
+
+
+def _network_fails() -> bool:
+    return any(network_failures(network_errors(name)) for name in NETWORKS)
+
+
+def test_exact_gelu(monkeypatch):
+    gelu = jax.nn.gelu
+    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: gelu(x, approximate=False))
+    assert _network_fails()
+
+
+def test_epsilon(monkeypatch):
+    wrong = partial(edt.layer_norm, eps=1e-5)
+    monkeypatch.setattr("equidit._blocks.layer_norm", wrong)
+    monkeypatch.setattr("equidit._layers.layer_norm", wrong)
+    assert _network_fails()
+
+
+def test_head_count():
+    errors = network_errors("dit_tiny_unit", num_heads=2)
+    assert errors["attention_out"] > NETWORK_TOLERANCE
+    assert errors["out"] > 0.1
+
+
+def test_sin_before_cos(monkeypatch):
+    right = _layers.timestep_features
+    monkeypatch.setattr(_layers, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2))
+    assert _network_fails()
+
+
+@pytest.mark.parametrize("module", ["_blocks", "_layers"])
+def test_shift_and_scale_swapped(monkeypatch, module):
+    swapped = lambda x, shift, scale: edt.modulate(x, scale, shift)  # noqa: E731
+    monkeypatch.setattr(f"equidit.{module}.modulate", swapped)
+    assert _network_fails()
+
+
+def test_rows_before_columns(monkeypatch):
+    right = edt.sincos_2d
+    monkeypatch.setattr(
+        edt, "sincos_2d", lambda dim, grid: jnp.roll(right(dim, grid), dim // 2, axis=1)
+    )
+    assert _network_fails()
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_schedule_off_by_one(monkeypatch, shift):
+    at = dfn._at
+    monkeypatch.setattr(dfn, "_at", lambda table, t: at(table, jnp.clip(t + shift, 0, 249)))
+    errors = diffusion_errors("250")
+    seen = {name for name, error in errors.items() if error > DIFFUSION_TOLERANCE}
+    assert {"x_t", "hybrid_vb", "p_pred_xstart", "ddim_step_eta0", "ddpm_step"} <= seen
+
+
+def test_betas_off_by_one(monkeypatch):
+    betas = np.append(dfn.linear_betas()[1:], 0.02)
+    monkeypatch.setattr(dfn, "linear_betas", lambda: betas)
+    assert max(diffusion_errors("1000").values()) > DIFFUSION_TOLERANCE
+
+
+def test_nothing_mutated():
+    assert not _network_fails()
