@@ -1,0 +1,105 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import images, tiny, tree_allclose
+from jaxtyping import TypeCheckError
+
+import equidit as edt
+
+T, LABEL = jnp.asarray(500), jnp.asarray(3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 10), (4, 12, 6), (2, 2, 2)])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_any_size_and_channels(shape, learn_sigma):
+    network = tiny(in_channels=shape[0], learn_sigma=learn_sigma)
+    out = network(images(1, shape)[0], T, LABEL)
+    assert out.shape == (shape[0] * (1 + learn_sigma), *shape[1:])
+    assert isinstance(network, edt.Network)
+
+
+def test_vmap_equals_loop_and_jit_equals_eager():
+    network, x = tiny(), images(4)
+    t, label = jnp.asarray([0.0, 3, 500, 999]), jnp.asarray([0, 5, 9, 10])
+    batched = jax.jit(lambda n, *args: jax.vmap(n)(*args))(network, x, t, label)
+    loop = jnp.stack([network(*args) for args in zip(x, t, label, strict=True)])
+    assert tree_allclose(batched, loop, 1e-5)
+
+
+def test_zero_at_initialisation():
+    network = edt.DiT(1, 2, 32, 2, 4, 10, key=jax.random.key(0))
+    assert (network(images(1)[0], T, LABEL) == 0).all()
+
+
+def test_every_leaf_is_a_float_array_and_learns():
+    network, x = tiny(), images(11)
+    t, label = jnp.linspace(0, 999, 11), jnp.arange(11)
+    loss = lambda n: jnp.square(jax.vmap(n)(x, t, label)).mean()  # noqa: E731
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(network)):
+        assert eqx.is_inexact_array(grad)
+        assert (np.abs(grad).reshape(len(grad), -1).max(axis=1) > 0).all(), path
+
+
+def test_low_precision_inside_and_the_input_dtype_outside():
+    network = edt.cast(tiny(), jnp.bfloat16)
+    x = images(1)[0]
+    out = network(x, T, LABEL)
+    assert out.dtype == jnp.float32
+    assert tree_allclose(tiny()(x, T, LABEL), out, 0.05)
+    assert network(x.astype(jnp.bfloat16), T, LABEL).dtype == jnp.bfloat16
+    # 997 and 999 are the same number in bfloat16.
+    assert not tree_allclose(network(x, jnp.asarray(997), LABEL), network(x, jnp.asarray(999), LABEL))
+
+
+def test_unconditional():
+    network = tiny(num_classes=None)
+    x = images(1)[0]
+    assert network(x, T, None).shape == (2, 8, 8)
+    with pytest.raises(TypeCheckError, match="cond"):
+        network(x, T, LABEL)
+
+
+def test_your_own_conditioner_and_block():
+    class Two(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, t, cond):
+            return edt.Conditioning(self.weight @ jnp.stack([t, *cond]))
+
+    seen = []
+
+    class Mine(eqx.Module):
+        inner: edt.AdaLNZeroBlock
+
+        def __init__(self, dim, num_heads, mlp_ratio, *, key):
+            self.inner = edt.AdaLNZeroBlock(dim, num_heads, mlp_ratio, key=key)
+
+        def __call__(self, tokens, cond):
+            seen.append(cond.positions)
+            return self.inner(tokens, cond)
+
+    weight = images(1, (32, 3))[0]
+    network = tiny(num_classes=None, conditioner=Two(weight), block=Mine)
+    out = network(images(1, (1, 4, 6))[0], jnp.asarray(3.0), (jnp.asarray(1.0), jnp.asarray(2.0)))
+    assert out.shape == (2, 4, 6)
+    np.testing.assert_array_equal(seen[0], [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tiny()(images(1, (1, 9, 8))[0], T, LABEL), ["height=9", "patch_size=2"]),
+        (lambda: tiny()(images(1, (4, 8, 8))[0], T, LABEL), ["4 channels", "in_channels=1"]),
+        (lambda: tiny(num_heads=5), ["dim=32", "num_heads=5"]),
+        (lambda: tiny(hidden_size=30, num_heads=5), ["hidden_size=30", "multiple of 4"]),
+        (lambda: tiny(depth=0), ["depth=0"]),
+        (lambda: tiny(num_classes=0), ["num_classes=0"]),
+        (lambda: tiny(conditioner=abs), ["num_classes=10", "num_classes=None"]),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    assert all(word in str(error.value) for word in words), error.value
