@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._common import check_positive
 from ._layers import MLP, Attention, Linear, zeros
 from ._ops import layer_norm, modulate
-from ._types import Conditioning
+from ._types import Conditioning, Number
 
 
 class AdaLNZeroBlock(eqx.Module):
@@ -31,7 +31,7 @@ class AdaLNZeroBlock(eqx.Module):
         self,
         dim: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: Number = 4.0,
         *,
         attend: Callable[..., Array] = jax.nn.dot_product_attention,
         key: PRNGKeyArray,

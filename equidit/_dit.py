@@ -13,6 +13,7 @@ from ._blocks import AdaLNZeroBlock, Stack
 from ._common import check_positive
 from ._layers import FinalLayer, LabelConditioner, Linear, TimestepConditioner
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
+from ._types import Number
 
 
 class DiT(eqx.Module):
@@ -49,7 +50,7 @@ class DiT(eqx.Module):
         num_heads: int,
         num_classes: int | None,
         *,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: Number = 4.0,
         learn_sigma: bool = True,
         block: Callable[..., Any] = AdaLNZeroBlock,
         final: Callable[..., Any] = FinalLayer,

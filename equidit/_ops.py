@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._common import check_positive, upcast
+from ._types import Number
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -148,7 +149,7 @@ def modulate(
     return x * (1 + scale[None]) + shift[None]
 
 
-def layer_norm(x: Float[Array, "tokens dim"], eps: float = 1e-6) -> Float[Array, "tokens dim"]:
+def layer_norm(x: Float[Array, "tokens dim"], eps: Number = 1e-6) -> Float[Array, "tokens dim"]:
     """Every token to mean 0 and variance 1, without learned scale or shift.
 
     Statistics are taken in at least float32; the result has `x`'s dtype.

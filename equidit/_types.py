@@ -19,7 +19,11 @@ Everything else takes **one example**: batch with `jax.vmap`.
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+Number = float | int | np.number
+Scalar = Number | Float[Array, ""]
 
 
 class Conditioning(eqx.Module):

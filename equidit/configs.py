@@ -13,6 +13,7 @@ from ._blocks import AdaLNZeroBlock
 from ._dit import DiT
 from ._layers import FinalLayer
 from ._ops import grid_of
+from ._types import Number
 
 _BLOCKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "adaln-zero": (AdaLNZeroBlock, FinalLayer),
@@ -33,7 +34,7 @@ class Config:
     num_heads: int
     in_channels: int = 4
     num_classes: int | None = 1000
-    mlp_ratio: float = 4.0
+    mlp_ratio: Number = 4.0
     learn_sigma: bool = True
     block: str = "adaln-zero"
     remat: str | None = None

@@ -9,7 +9,7 @@ is `schedule.time[t]`, so respacing is nothing but another schedule. References:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._common import upcast
-from ._types import Network
+from ._types import Network, Scalar
 
-Variance = Literal["learned", "small", "large"]
+VARIANCES = ("learned", "small", "large")
 Image = Float[Array, "channels height width"]
 Index = Int[Array, ""] | int
 State = TypeVar("State")
@@ -254,7 +254,7 @@ def _split(output: Float[Array, "out height width"], x: Image) -> tuple[Image, I
     )
 
 
-def _log_variance(schedule: Schedule, t: Index, values: Image | None, variance: Variance) -> Array:
+def _log_variance(schedule: Schedule, t: Index, values: Image | None, variance: str) -> Array:
     if variance == "learned":
         if values is None:
             raise ValueError(
@@ -375,7 +375,7 @@ def ddpm_step(
     cond: PyTree,
     *,
     key: PRNGKeyArray,
-    variance: Variance = "learned",
+    variance: str = "learned",
     clip: bool = False,
 ) -> Image:
     """One ancestral step from `t` to `t - 1` (DDPM, algorithm 2).
@@ -394,8 +394,8 @@ def ddpm_step(
 
     The example at the step before.
     """
-    if variance not in get_args(Variance):
-        raise ValueError(f"variance={variance!r} is unknown: choose from {get_args(Variance)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance={variance!r} is unknown: choose from {', '.join(VARIANCES)}")
     eps, values = _split(network(x, _at(schedule.time, t), cond), x)
     mean, _ = posterior(schedule, _clipped_x0(schedule, x, t, eps, clip), x, t)
     deviation = jnp.exp(_log_variance(schedule, t, values, variance) / 2)
@@ -411,7 +411,7 @@ def ddim_step(
     cond: PyTree,
     *,
     key: PRNGKeyArray,
-    eta: float | Float[Array, ""] = 0.0,
+    eta: Scalar = 0.0,
     clip: bool = False,
 ) -> Image:
     """One DDIM step from `t` to `t - 1` (DDIM, equations 12 and 16).

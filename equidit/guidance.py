@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ._types import Network
+from ._types import Network, Number, Scalar
 
 Cond = TypeVar("Cond")
 
 
 def drop_label(
-    label: Cond, null: Any, probability: float | Float[Array, ""], *, key: PRNGKeyArray
+    label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
 ) -> Cond:
     """Replaces an example's conditioning by the null conditioning, now and then.
 
@@ -32,7 +32,7 @@ def drop_label(
 
         Algorithm 1 of [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598).
     """
-    if isinstance(probability, float | int) and not 0 <= probability <= 1:
+    if isinstance(probability, Number) and not 0 <= probability <= 1:
         raise ValueError(f"probability={probability} must lie in [0, 1]")
     dropped = jax.random.bernoulli(key, probability)
     return jax.tree.map(lambda a, b: jnp.where(dropped, jnp.asarray(b, a.dtype), a), label, null)
@@ -66,7 +66,7 @@ class Guided(eqx.Module):
 
 def guide(
     network: Network,
-    scale: float | Float[Array, ""],
+    scale: Scalar,
     null: PyTree,
     *,
     channels: int | None = None,
@@ -94,6 +94,6 @@ def guide(
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} must be at least 1, or None for all")
-    if isinstance(scale, int | float) and scale == 1:
+    if isinstance(scale, Number) and scale == 1:
         return network
     return Guided(network, jnp.asarray(scale, jnp.float32), jax.tree.map(jnp.asarray, null), channels)

@@ -11,10 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from ._common import check_positive
-from ._types import Loss
+from ._types import Loss, Number, Scalar
 
 Tree = TypeVar("Tree")
-Decay = float | Callable[[Int[Array, ""]], Float[Array, ""]]
+Decay = Number | Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
 class TrainState(eqx.Module):
@@ -50,7 +50,7 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if _is_float(leaf) else leaf, tree)
 
 
-def ema_update(ema: Tree, network: Tree, decay: float | Float[Array, ""]) -> Tree:
+def ema_update(ema: Tree, network: Tree, decay: Scalar) -> Tree:
     """`decay * ema + (1 - decay) * network` for floating-point arrays; all else is `network`'s."""
 
     def update(old: Any, new: Any) -> Any:
@@ -61,7 +61,7 @@ def ema_update(ema: Tree, network: Tree, decay: float | Float[Array, ""]) -> Tre
     return jax.tree.map(update, ema, network)
 
 
-def ema_warmup(decay: float = 0.9999) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def ema_warmup(decay: Number = 0.9999) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """An `ema_decay` that grows as `min(decay, (1 + n) / (10 + n))` with the step `n`.
 
     A constant 0.9999 would be mostly initialisation for the first ten thousand steps.
@@ -151,7 +151,8 @@ def make_train_step(
         if axis is not None:
             mean, grads = jax.lax.pmean((mean, grads), axis)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
         network = eqx.combine(optax.apply_updates(params, updates), static)
         decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
         ema = ema_update(state.ema, network, decay)

@@ -1,4 +1,12 @@
+import tempfile
+
 import jax
+
+# Every test that builds the same network would compile it again.
+_cache = tempfile.TemporaryDirectory(prefix="equidit-tests-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,247 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import BETAS, STEPS, images, tiny, tree_allclose
+
+import equidit as edt
+from equidit import diffusion as dfn
+
+every_betas = pytest.mark.parametrize("betas", [make() for make in BETAS.values()], ids=BETAS)
+every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+LABEL, KEY = jnp.asarray(3), jax.random.key(5)
+
+
+def test_linear_betas():
+    betas = dfn.linear_betas()
+    assert betas.dtype == np.float64
+    np.testing.assert_allclose(betas[[0, -1]], [1e-4, 2e-2], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(betas), np.diff(betas)[0], rtol=1e-9)
+    # Shorter schedules reach about the same noise.
+    assert np.prod(1 - dfn.linear_betas(100)) == pytest.approx(np.prod(1 - betas), rel=0.5)
+
+
+def test_cosine_betas():
+    betas = dfn.cosine_betas(100)
+    signal = np.cos((np.arange(1, 100) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
+    signal /= np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:99], signal, rtol=1e-12)
+    assert betas[-1] == 0.999
+
+
+@every_betas
+def test_tables_agree_with_each_other(betas):
+    s = dfn.Schedule(betas)
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    close(s.sqrt_alphas_cumprod**2, s.alphas_cumprod)
+    close(s.alphas_cumprod_prev[1:], s.alphas_cumprod[:-1])
+    assert s.alphas_cumprod_prev[0] == 1
+    assert (np.diff(s.alphas_cumprod) < 0).all()
+    assert (s.posterior_variance <= s.betas).all()
+    assert s.posterior_variance[0] == 0
+    close(np.exp(s.posterior_log_variance_clipped[1:]), s.posterior_variance[1:], rtol=1e-5)
+    assert s.posterior_log_variance_clipped[0] == s.posterior_log_variance_clipped[1]
+    close(np.exp(s.log_betas), s.betas, rtol=1e-5)
+    # The posterior of x0 given noiseless data is that data, scaled.
+    mean = s.posterior_mean_coef1 + s.posterior_mean_coef2 * s.sqrt_alphas_cumprod
+    close(mean, s.sqrt_alphas_cumprod_prev, rtol=1e-5)
+
+
+@every_betas
+@pytest.mark.parametrize("spec", ["1000", 100, "ddim25", [3, 5]])
+def test_respacing_keeps_the_noise_levels(betas, spec):
+    full = dfn.Schedule(betas)
+    keep = dfn.space_timesteps(1000, spec)
+    short = dfn.Schedule(betas, keep)
+    assert short.steps == len(keep)
+    np.testing.assert_array_equal(short.time, keep)
+    np.testing.assert_array_equal(short.alphas_cumprod, full.alphas_cumprod[jnp.asarray(keep)])
+    if len(keep) == 1000:
+        np.testing.assert_allclose(short.betas, full.betas, rtol=2e-7)
+
+
+def test_spacing_edges():
+    assert dfn.space_timesteps(10, 10) == tuple(range(10))
+    assert dfn.space_timesteps(10, "2") == (0, 9)
+    assert dfn.space_timesteps(10, 1) == (0,)
+    # 11 steps in two sections of 6 and 5.
+    assert dfn.space_timesteps(11, "2,2") == (0, 5, 6, 10)
+    assert dfn.space_timesteps(10, "ddim5") == (0, 2, 4, 6, 8)
+    one = dfn.Schedule(dfn.linear_betas(), [0])
+    assert np.isfinite([np.asarray(table) for table in jax.tree.leaves(one)]).all()
+
+
+@every_betas
+def test_conversions_are_inverses(betas):
+    s = dfn.Schedule(betas)
+    x0, noise = images(2)
+    for t in (0, 1, 500, 900):
+        xt = dfn.q_sample(s, x0, t, noise)
+        scale = float(s.sqrt_recip_alphas_cumprod[t])
+        np.testing.assert_allclose(dfn.predict_x0(s, xt, t, noise), x0, rtol=0, atol=1e-6 * scale + 1e-6)
+        error = 1e-6 * scale / float(s.sqrt_recipm1_alphas_cumprod[t])
+        np.testing.assert_allclose(dfn.predict_eps(s, xt, t, x0), noise, rtol=0, atol=10 * error)
+
+
+def test_traced_and_plain_indices_agree():
+    s, (x0, noise) = dfn.Schedule(dfn.linear_betas()), images(2)
+    traced = jax.jit(lambda t: dfn.q_sample(s, x0, t, noise))(jnp.asarray(7))
+    assert tree_allclose(traced, dfn.q_sample(s, x0, 7, noise), 1e-6)
+    for t in (-1, 1000):
+        assert np.isnan(dfn.q_sample(s, x0, jnp.asarray(t), noise)).all()
+        with pytest.raises(ValueError, match=f"t={t} is no index of a schedule of 1000 steps"):
+            dfn.q_sample(s, x0, t, noise)
+
+
+@every_step
+def test_step_laws(step):
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
+    network, x = tiny(), images(3)
+    t, label = jnp.asarray([0, 4, 9]), jnp.asarray([0, 3, 10])
+    keys = jax.random.split(KEY, 3)
+
+    def one(x, t, label, key):
+        return step(network, schedule, x, t, label, key=key)
+
+    loop = jnp.stack([one(*args) for args in zip(x, t, label, keys, strict=True)])
+    assert loop.shape == x.shape
+    assert tree_allclose(jax.jit(jax.vmap(one))(x, t, label, keys), loop, 1e-5)
+    # A bfloat16 network leaves the state in float32.
+    low = step(edt.cast(network, jnp.bfloat16), schedule, x[1], t[1], label[1], key=KEY)
+    assert low.dtype == jnp.float32
+    # The last step is deterministic.
+    again = [one(x[0], t[0], label[0], jax.random.key(seed)) for seed in (1, 2)]
+    assert tree_allclose(*again)
+
+
+@every_step
+def test_network_is_told_the_original_time(step):
+    schedule = dfn.Schedule(dfn.linear_betas(), (0, 400, 777))
+    told = []
+
+    def network(x, t, cond):
+        told.append((float(t), cond))
+        return jnp.concatenate([x, x])
+
+    for t in (2, 1, 0):
+        step(network, schedule, images(1)[0], t, "cond", key=KEY)
+    assert told == [(777, "cond"), (400, "cond"), (0, "cond")]
+
+
+@every_step
+def test_clipping(step):
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
+    x0 = step(lambda x, t, cond: jnp.concatenate([-9 * x, x]), schedule, images(1)[0], 0, None, key=KEY)
+    assert (np.abs(x0).max() <= 1) == (step.keywords.get("clip", False) if isinstance(step, partial) else False)
+
+
+def test_ddim_eta_1_has_the_posterior_variance():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
+    x = jnp.zeros((1, 64, 64))
+    args = (lambda x, t, cond: x, schedule, x, 5, None)
+    out = dfn.ddim_step(*args, key=KEY, eta=1.0)
+    assert out.std() == pytest.approx(float(jnp.sqrt(schedule.posterior_variance[5])), rel=0.05)
+    small = dfn.ddpm_step(*args, key=KEY, variance="small")
+    # With eta = 1 DDIM is DDPM (DDIM, section 4.1).
+    assert tree_allclose(out, small, 1e-5)
+
+
+def test_learned_variance_spans_the_two_bounds():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
+    x = images(1)[0]
+
+    def network(value):
+        return lambda x, t, cond: jnp.concatenate([x, jnp.full_like(x, value)])
+
+    for value, variance in ((-1.0, "small"), (1.0, "large")):
+        learned = dfn.ddpm_step(network(value), schedule, x, 5, None, key=KEY)
+        fixed = dfn.ddpm_step(network(0.0), schedule, x, 5, None, key=KEY, variance=variance)
+        assert tree_allclose(learned, fixed, 1e-6)
+
+
+@pytest.mark.parametrize("loss", [dfn.simple_loss, dfn.hybrid_loss])
+def test_losses(loss):
+    schedule, network, x0 = dfn.Schedule(dfn.linear_betas()), tiny(), images(1)[0]
+    value = jax.jit(lambda n: loss(n, schedule, x0, LABEL, key=KEY))(network)
+    assert value.shape == ()
+    assert value.dtype == jnp.float32
+    assert tree_allclose(value, loss(network, schedule, x0, LABEL, key=KEY), 1e-5)
+    assert value != loss(network, schedule, x0, LABEL, key=jax.random.key(6))
+    low = loss(edt.cast(network, jnp.bfloat16), schedule, x0, LABEL, key=KEY)
+    assert low.dtype == jnp.float32
+    assert tree_allclose(value, low, 0.05)
+
+
+def test_the_bound_teaches_the_variance_only():
+    schedule = dfn.Schedule(dfn.linear_betas())
+    x0, noise, eps, values = images(4)
+    for t in (0, 500):
+        xt = dfn.q_sample(schedule, x0, t, noise)
+
+        def terms(eps, values, t=t, xt=xt):
+            return dfn.hybrid_terms(schedule, jnp.concatenate([eps, values]), x0, xt, t, noise)
+
+        mse, vb = (jax.grad(lambda e, v, i=i: terms(e, v)[i], (0, 1))(eps, values) for i in (0, 1))
+        assert (mse[1] == 0).all()
+        assert (vb[0] == 0).all()
+        assert (np.abs(mse[0]) > 0).all()
+        # At t = 0 some bins are certain, and certain of their certainty.
+        assert (np.abs(vb[1]) > 0).mean() > (0.5 if t == 0 else 0.99)
+
+
+def test_sample_is_the_loop_and_compiles_one_step():
+    network = tiny()
+    noise = images(1)[0]
+
+    def run(schedule):
+        return dfn.sample(partial(dfn.ddpm_step, network, schedule), schedule, noise, LABEL, key=KEY)
+
+    short = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 4))
+    x = noise
+    for t in (3, 2, 1, 0):
+        x = dfn.ddpm_step(network, short, x, t, LABEL, key=jax.random.fold_in(KEY, t))
+    assert tree_allclose(run(short), x, 1e-5)
+    sizes = [
+        str(jax.make_jaxpr(lambda s=dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, n)): run(s))())
+        .count("\n")
+        for n in (4, 50)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: dfn.linear_betas(20), ["steps=20", "21"]),
+        (lambda: dfn.cosine_betas(0), ["steps=0"]),
+        (lambda: dfn.Schedule([0.1, 0.0]), ["(0, 1]"]),
+        (lambda: dfn.Schedule([0.1, 1.1]), ["(0, 1]"]),
+        (lambda: dfn.Schedule([]), ["betas"]),
+        (lambda: dfn.Schedule([0.1, 0.2], [1, 0]), ["keep=[1, 0]", "increasing"]),
+        (lambda: dfn.Schedule([0.1, 0.2], [0, 2]), ["keep=[0, 2]", "2 steps"]),
+        (lambda: dfn.space_timesteps(10, 11), ["spec=11", "11 of a section of 10"]),
+        (lambda: dfn.space_timesteps(10, 0), ["spec=0"]),
+        (lambda: dfn.space_timesteps(10, "six"), ["'six'", "'10,15,20'"]),
+        (lambda: dfn.space_timesteps(10, "ddim"), ["'ddim'"]),
+        (lambda: dfn.space_timesteps(1000, "ddim300"), ["'ddim300'", "stride"]),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_bad_networks_and_variances():
+    schedule, x = dfn.Schedule(dfn.linear_betas()), images(1)[0]
+    same = lambda x, t, cond: x  # noqa: E731
+    with pytest.raises(ValueError, match="learn_sigma=True.*'small' or 'large'"):
+        dfn.ddpm_step(same, schedule, x, 5, None, key=KEY)
+    with pytest.raises(ValueError, match="'huge' is unknown.*learned.*small.*large"):
+        dfn.ddpm_step(same, schedule, x, 5, None, key=KEY, variance="huge")
+    with pytest.raises(ValueError, match=r"shape \(3, 8, 8\).*1 channels, or 2"):
+        dfn.ddim_step(lambda x, t, cond: jnp.ones((3, 8, 8)), schedule, x, 5, None, key=KEY)
+    with pytest.raises(ValueError, match="learn_sigma=True"):
+        dfn.hybrid_loss(same, schedule, x, None, key=KEY)

@@ -1,0 +1,223 @@
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import difference, images, tiny, tree_allclose
+from jax.sharding import AxisType, Mesh
+
+import equidit as edt
+from equidit import diffusion as dfn
+
+SCHEDULE = dfn.Schedule(dfn.linear_betas())
+BATCH = (images(16), jnp.arange(16) % 10)
+KEY = jax.random.key(7)
+# SGD, because Adam's normalisation would hide gradients that are too large by a factor.
+SGD = optax.sgd(0.1)
+# Sums in another order: float32 rounding of a mean over 16 examples.
+ORDER = 1e-6
+
+
+def loss(network, example, key):
+    image, label = example
+    drop_key, key = jax.random.split(key)
+    label = edt.drop_label(label, 10, 0.3, key=drop_key)
+    return dfn.hybrid_loss(network, SCHEDULE, image, label, key=key)
+
+
+def mesh(count, order=None):
+    devices = np.array(jax.devices()[:count])
+    return Mesh(devices if order is None else devices[order], ("data",), axis_types=(AxisType.Auto,))
+
+
+def run(optimizer=SGD, *, steps=2, network=None, **options):
+    state = edt.init_state(tiny() if network is None else network, optimizer)
+    step = edt.make_train_step(loss, optimizer, **({"ema_decay": 0.9} | options))
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, BATCH, KEY)
+        history.append(metrics)
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run()
+
+
+def test_one_step_is_sgd_on_the_mean_loss(reference):
+    network = tiny()
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(KEY, 0), i))(jnp.arange(16))
+    mean = lambda n: jax.vmap(partial(loss, n))(BATCH, keys).mean()  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(mean))(network)
+    state, (metrics,) = run(steps=1)
+    assert tree_allclose(metrics["loss"], value, ORDER)
+    norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(grads)))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, network, grads)
+    assert tree_allclose(stepped, state.network, ORDER)
+    averaged = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, network, stepped)
+    assert tree_allclose(averaged, state.ema, ORDER)
+    assert state.step == 1
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_devices_do_not_matter(reference, devices):
+    assert difference(reference, run(mesh=mesh(devices))) < ORDER
+
+
+def test_device_order_changes_nothing():
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+    assert tree_allclose(run(mesh=mesh(8)), run(mesh=mesh(8, order)))
+
+
+@pytest.mark.parametrize(("accumulate", "devices"), [(2, 1), (16, 1), (4, 4)])
+def test_accumulation_does_not_matter(reference, accumulate, devices):
+    options = {"mesh": mesh(devices)} if devices > 1 else {}
+    assert difference(reference, run(accumulate=accumulate, **options)) < ORDER
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_does_not_matter(reference, remat):
+    state, history = run(network=tiny(remat=remat))
+    assert difference(jax.tree.leaves(reference[0]), jax.tree.leaves(state)) < ORDER
+    assert difference(reference[1], history) < ORDER
+
+
+def test_same_seed_same_bits(reference):
+    assert tree_allclose(reference, run())
+    assert not tree_allclose(reference, run(network=tiny(mlp_ratio=4.0), ema_decay=0.8))
+
+
+def test_every_example_and_step_has_its_own_randomness():
+    keys = []
+
+    def spy(network, example, key):
+        jax.debug.callback(lambda k: keys.append(tuple(k.tolist())), jax.random.key_data(key))
+        return loss(network, example, key)
+
+    step = edt.make_train_step(spy, SGD, mesh=mesh(4))
+    state = edt.init_state(tiny(), SGD)
+    for _ in range(2):
+        state, _ = step(state, BATCH, KEY)
+    jax.effects_barrier()
+    assert len(set(keys)) == 32
+
+
+def test_gradients_are_not_scaled_by_the_device_count(reference):
+    """The slip that Adam hides: eight devices' gradients must not be eight times as large."""
+    norms = [run(steps=1, mesh=mesh(n))[1][0]["grad_norm"] for n in (1, 8)]
+    assert norms[0] == pytest.approx(float(norms[1]), rel=1e-5)
+
+
+def test_bfloat16_computes_low_and_keeps_float32(reference):
+    dtypes = []
+
+    def spy(network, example, key):
+        dtypes.append(network.patch_embed.weight.dtype)
+        return loss(network, example, key)
+
+    optimizer = optax.adam(1e-3)
+    state = edt.init_state(tiny(), optimizer)
+    step = edt.make_train_step(spy, optimizer, dtype=jnp.bfloat16, ema_decay=0.9, mesh=mesh(2))
+    state, metrics = step(state, BATCH, KEY)
+    assert set(dtypes) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert metrics["loss"] == pytest.approx(float(reference[1][0]["loss"]), rel=0.02)
+
+
+def test_state_is_donated_and_the_ema_is_a_copy():
+    state = edt.init_state(tiny(), SGD)
+    for a, b in zip(jax.tree.leaves(state.network), jax.tree.leaves(state.ema), strict=True):
+        assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer()
+    new, _ = edt.make_train_step(loss, SGD)(state, BATCH, KEY)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, BATCH, KEY)))
+
+
+def test_compiles_once():
+    traces = []
+
+    def spy(network, example, key):
+        traces.append(None)
+        return loss(network, example, key)
+
+    state, step = edt.init_state(tiny(), SGD), edt.make_train_step(spy, SGD)
+    for _ in range(3):
+        state, _ = step(state, BATCH, KEY)
+    assert len(traces) == 1
+
+
+def test_learns():
+    state, history = run(optax.adam(1e-2), steps=30)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+
+
+def test_any_module():
+    class Mine(eqx.Module):
+        mlp: eqx.nn.MLP
+        count: jax.Array
+        name: str
+
+        def __call__(self, x, t, cond):
+            return self.mlp(x.ravel()).reshape(2, 8, 8)
+
+    network = Mine(eqx.nn.MLP(64, 128, 8, 1, key=jax.random.key(0)), jnp.arange(3), "mine")
+    state, _ = run(network=network, mesh=mesh(2), dtype=jnp.bfloat16)
+    assert state.network.name == "mine"
+    assert state.network.count.dtype == network.count.dtype
+    assert (np.asarray(state.network.count) == [0, 1, 2]).all()
+    assert state.network.mlp.layers[0].weight.dtype == jnp.float32
+
+
+def test_ema_decays():
+    ema, network = {"a": jnp.zeros(2), "n": 3}, {"a": jnp.ones(2), "n": 4}
+    assert tree_allclose(edt.ema_update(ema, network, 0.9), {"a": jnp.full(2, 0.1), "n": 4}, 1e-6)
+    decay = edt.ema_warmup(0.99)
+    expected = [(0, 0.1), (10, 11 / 20), (10_000, 0.99)]
+    for step, value in expected:
+        assert decay(jnp.asarray(step)) == pytest.approx(value)
+    first, _ = run(steps=1, ema_decay=edt.ema_warmup(0.99))
+    averaged = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, tiny(), first.network)
+    assert tree_allclose(averaged, first.ema, ORDER)
+
+
+def test_cast():
+    tree = {"a": jnp.ones(2), "b": jnp.arange(2), "c": "c", "d": None}
+    low = edt.cast(tree, jnp.bfloat16)
+    assert low["a"].dtype == jnp.bfloat16
+    assert low["b"] is tree["b"]
+    assert (low["c"], low["d"]) == ("c", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "words"),
+    [
+        ({"mesh": 8}, 12, ["batch of 12", "8 devices", "multiple of 8", "8 or 16"]),
+        ({"accumulate": 5}, 16, ["batch of 16", "5 micro-batches", "15 or 20"]),
+        ({"mesh": 4, "accumulate": 8}, 16, ["multiple of 32"]),
+        ({}, 0, ["batch of 0"]),
+    ],
+)
+def test_batch_that_does_not_divide(options, batch, words):
+    if "mesh" in options:
+        options = options | {"mesh": mesh(options["mesh"])}
+    step = edt.make_train_step(loss, SGD, **options)
+    state = edt.init_state(tiny(), SGD)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        step(state, (images(batch), jnp.zeros(batch, int)), KEY)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="must share their first axis"):
+        edt.make_train_step(loss, SGD)(edt.init_state(tiny(), SGD), (images(4), jnp.zeros(3)), KEY)
+    with pytest.raises(ValueError, match="accumulate=0"):
+        edt.make_train_step(loss, SGD, accumulate=0)
+    with pytest.raises(ValueError, match=r"\('model',\).*'data'"):
+        edt.make_train_step(loss, SGD, mesh=jax.make_mesh((2,), ("model",), (AxisType.Auto,)))
