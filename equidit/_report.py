@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from . import diffusion as dfn
 from ._common import extra
@@ -16,10 +16,6 @@ from ._types import Network
 from .data import Images
 from .guidance import guide
 from .metrics import frechet_distance, nearest_distance
-
-with extra("train"):
-    from matplotlib.figure import Figure
-    from sklearn.svm import SVC
 
 Sampler = Literal["ddim", "ddpm"]
 _STEPS = {
@@ -82,6 +78,9 @@ def quality(samples: Images, train_set: Images, held_out: Images) -> dict[str, f
     mean memorisation.
     """
 
+    with extra("train"):
+        from sklearn.svm import SVC
+
     def flat(images: Images, count: int | None = None) -> Float[np.ndarray, "batch features"]:
         return images.image[:count].reshape(len(images.image[:count]), -1).astype(np.float64)
 
@@ -105,26 +104,35 @@ def grid(
     images: Float[np.ndarray, "rows columns channels height width"],
     names: Iterable[Any],
 ) -> None:
-    """Writes a picture of images in [-1, 1], one row a name."""
-    rows, columns, _, height, width = images.shape
-    pixels = np.clip(images * 0.5 + 0.5, 0, 1)
-    # One blank pixel around every image.
-    pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1)
-    sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), -1)
-    sheet = np.pad(sheet, ((1, 0), (1, 0), (0, 0)), constant_values=1)
-    inches = 0.055
-    figure = Figure(figsize=(sheet.shape[1] * inches + 0.5, sheet.shape[0] * inches), dpi=150)
-    axes = figure.add_axes((0.5 / figure.get_figwidth(), 0, 1 - 0.5 / figure.get_figwidth(), 1))
-    axes.imshow(sheet.squeeze() if sheet.shape[2] == 1 else sheet, cmap="gray", vmin=0, vmax=1)
+    """Writes a picture of images in [-1, 1], one row a name; small ones are enlarged smoothly."""
+    rows, columns, channels, height, width = images.shape
+    zoom = max(1, 64 // max(height, width))
+    height, width = height * zoom, width * zoom
+    shape = (rows, columns, channels, height, width)
+    pixels = np.asarray(jax.image.resize(images * 0.5 + 0.5, shape, "cubic")).clip(0, 1)
+    gap = 4
+    pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (gap, 0), (gap, 0)), constant_values=1)
+    sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
+    # A margin for the names; one unit of the axes is one pixel of the file.
+    margin, dpi = 64, 100
+    size = ((margin + sheet.shape[1]) / dpi, sheet.shape[0] / dpi)
+    with extra("train"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=size, dpi=dpi)
+    left = margin / (margin + sheet.shape[1])
+    axes = figure.add_axes((left, 0, 1 - left, 1))
+    axes.imshow(sheet[..., 0] if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
-    axes.set_yticks(np.arange(rows) * (height + 1) + height / 2 + 0.5, [str(n) for n in names])
-    axes.tick_params(length=0, labelsize=14)
+    axes.set_yticks(np.arange(rows) * (height + gap) + gap + height / 2, [str(n) for n in names])
+    axes.tick_params(length=0, labelsize=18)
     axes.spines[:].set_visible(False)
     figure.savefig(path)
 
 
 def loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a picture of the rows of metrics.jsonl: training loss, and validation by quartile."""
+    with extra("train"):
+        from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -66,7 +66,7 @@ class Settings:
     """DDIM steps of the pictures and the report."""
     log_every: int = 50
     """Training steps between rows of metrics.jsonl."""
-    sample_every: int = 1000
+    sample_every: int = 500
     """Training steps between validations, pictures and checkpoints."""
 
     def __post_init__(self) -> None:
@@ -273,7 +273,10 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
             if done % settings.log_every == 0 or stop:
                 row = {name: float(value) for name, value in metrics.items()}
                 row["images_per_second"] = clock.rate()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.3f}, gradient norm {row['grad_norm']:.3f}, "
+                    f"{row['images_per_second']:.0f} images/s"
+                )
                 if not math.isfinite(row["loss"]):
                     raise ArithmeticError(
                         f"the loss is {row['loss']} at step {done}: try a lower --learning-rate; "
