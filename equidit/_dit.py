@@ -1,8 +1,7 @@
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-import dataclasses
 
 import equinox as eqx
 import jax
@@ -83,7 +82,8 @@ class DiT(eqx.Module):
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of 4")
         if conditioner is not None and num_classes is not None:
             raise ValueError(
-                f"num_classes={num_classes} has no meaning beside a conditioner: pass num_classes=None"
+                f"num_classes={num_classes} has no meaning beside a conditioner: "
+                "pass num_classes=None"
             )
         patch_key, cond_key, blocks_key, final_key = jax.random.split(key, 4)
         self.in_channels = in_channels
@@ -121,7 +121,9 @@ class DiT(eqx.Module):
         """
         channels, height, width = x.shape
         if channels != self.in_channels:
-            raise ValueError(f"x has {channels} channels, the network in_channels={self.in_channels}")
+            raise ValueError(
+                f"x has {channels} channels, the network in_channels={self.in_channels}"
+            )
         grid = grid_of(height, width, self.patch_size)
         dtype = self.patch_embed.weight.dtype
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))

@@ -20,7 +20,7 @@ zeros: Initializer = jax.nn.initializers.zeros
 
 
 class Linear(eqx.Module):
-    """`x @ weight.T + bias` on the last axis of whole arrays, so no `vmap` is needed over tokens."""
+    """`x @ weight.T + bias` on the last axis of whole arrays: no `vmap` over tokens is needed."""
 
     weight: Float[Array, "out features"]
     bias: Float[Array, " out"]
@@ -131,7 +131,8 @@ class Attention(eqx.Module):
         if mask is not None:
             if mask.shape[0] != k.shape[0]:
                 raise ValueError(
-                    f"mask has {mask.shape[0]} entries, but there are {k.shape[0]} tokens to attend to"
+                    f"mask has {mask.shape[0]} entries, but there are {k.shape[0]} tokens "
+                    "to attend to"
                 )
             mask = mask[None, None]
         # JAX's own attention relies on implicit promotion to a float32 softmax.

@@ -62,7 +62,9 @@ def unpatchify(
     """
     count, features = tokens.shape
     if grid[0] * grid[1] != count:
-        raise ValueError(f"grid={grid} has {grid[0] * grid[1]} patches, but there are {count} tokens")
+        raise ValueError(
+            f"grid={grid} has {grid[0] * grid[1]} patches, but there are {count} tokens"
+        )
     if patch_size < 1 or features % patch_size**2:
         raise ValueError(
             f"tokens of {features} features do not hold whole patches of patch_size={patch_size}: "

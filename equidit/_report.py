@@ -147,6 +147,6 @@ def loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for name, values in series.items():
         axes.plot(steps, values, marker=".", linewidth=2 if name == "held out" else 1, label=name)
     axes.set(xlabel="training step", ylabel="hybrid loss", yscale="log")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +80,11 @@ class Settings:
         for name, end in (("label_dropout", 1.0), ("ema_decay", 1.0)):
             if not 0 <= getattr(self, name) <= end:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        dfn.space_timesteps(SCHEDULE_STEPS, self.sampling_steps)
+        if self.sampling_steps > SCHEDULE_STEPS:
+            raise ValueError(
+                f"sampling_steps={self.sampling_steps} must be at most {SCHEDULE_STEPS}, the "
+                "steps of the schedule"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
 
@@ -188,7 +191,8 @@ def hybrid_loss(schedule: dfn.Schedule, label_dropout: float) -> Loss:
     def loss(network: Network, example: Images, key: PRNGKeyArray) -> Float[Array, ""]:
         drop_key, diffusion_key = jax.random.split(key)
         label = drop_label(example.label, DIGITS_CLASSES, label_dropout, key=drop_key)
-        return dfn.hybrid_loss(network, schedule, example.image, label, key=diffusion_key)
+        image = jnp.asarray(example.image)
+        return dfn.hybrid_loss(network, schedule, image, label, key=diffusion_key)
 
     return loss
 
@@ -245,7 +249,9 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
         settings = _merge(settings, folder.settings())
         state = restore(folder, settings)
         if int(state.step) > settings.steps:
-            raise ValueError(f"{folder.path} is at step {state.step}, beyond steps={settings.steps}")
+            raise ValueError(
+                f"{folder.path} is at step {state.step}, beyond steps={settings.steps}"
+            )
     else:
         folder.check(overwrite=overwrite)
         state = init_state(build(settings.network, key=settings.key(0)), optimizer(settings))
@@ -270,20 +276,22 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
             clock.count += 1
             bar.update()
             stop = interrupts.requested or done == settings.steps
-            if done % settings.log_every == 0 or stop:
+            save = stop or done % settings.sample_every == 0
+            if save or done % settings.log_every == 0:
                 row = {name: float(value) for name, value in metrics.items()}
                 row["images_per_second"] = clock.rate()
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f}, gradient norm {row['grad_norm']:.3f}, "
                     f"{row['images_per_second']:.0f} images/s"
                 )
-                if not math.isfinite(row["loss"]):
+                if not math.isfinite(row["loss"] + row["grad_norm"]):
                     raise ArithmeticError(
-                        f"the loss is {row['loss']} at step {done}: try a lower --learning-rate; "
-                        f"the last checkpoint, if there is one, is {folder.checkpoint}"
+                        f"the loss is {row['loss']} and the gradient norm {row['grad_norm']} at "
+                        f"step {done}: try a lower --learning-rate; the last checkpoint, if there "
+                        f"is one, is {folder.checkpoint}"
                     )
                 folder.append({"step": done} | row)
-            if done % settings.sample_every == 0 or stop:
+            if save:
                 checkpoint.save(folder.checkpoint, state)
                 quartiles = np.asarray(validate(state.ema, schedule, held_out, settings.key(2)))
                 folder.append(

@@ -22,8 +22,10 @@ class CheckpointError(ValueError):
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes the arrays of `tree` to a `.npz` file, replacing an older one only once complete."""
-    with _replacing(Path(path)) as file:
-        np.savez(file, **{name: np.asarray(leaf) for name, leaf in _named(tree).items()})
+    with _replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, leaf in _named(tree).items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
 
 
 def replace(path: str | os.PathLike[str], text: str) -> None:
@@ -66,16 +68,16 @@ def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
         raise FileNotFoundError(f"there is no checkpoint at {path}") from None
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is unknown" for name in found.keys() - wanted.keys()]
-    for name in wanted.keys() & found.keys():
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & found.keys()):
         want, have = wanted[name], found[name]
         if (want.shape, want.dtype) != (have.shape, have.dtype):
             problems.append(
                 f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}"
             )
     if problems:
-        shown = "; ".join(sorted(problems)[:4])
+        shown = "; ".join(problems[:4])
         raise CheckpointError(
             f"{path} belongs to another model or optimizer ({len(problems)} differences): {shown}"
         )
@@ -84,7 +86,7 @@ def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
 
 
 def _is_array(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _named(tree: Any) -> dict[str, Any]:

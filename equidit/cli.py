@@ -16,12 +16,21 @@ with extra("train"):
 
 from . import _report, _run
 
+
+def _parse_labels(words: list[str]) -> tuple[int, ...]:
+    parts = ",".join(words).split(",")
+    try:
+        return tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"{','.join(words)!r} is no list of whole numbers such as 3,1,4") from None
+
+
 _Labels = Annotated[
     tuple[int, ...],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="INT,INT,...",
-        instance_from_str=lambda words: tuple(int(w) for word in words for w in word.split(",")),
+        instance_from_str=_parse_labels,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda labels: [",".join(map(str, labels))],
     ),
@@ -124,8 +133,6 @@ Draw more            equidit sample {shlex.quote(str(command.out))} --labels 3,1
 
 def _sample(command: Sample) -> None:
     check_positive(per_label=command.per_label)
-    if not command.labels:
-        raise ValueError("labels is empty: ask for at least one, e.g. --labels 3,1,4")
     folder = _run.Folder(command.run)
     settings = folder.settings()
     images = _run.sample(

@@ -7,7 +7,6 @@ from jaxtyping import Float, Integer
 
 from ._common import check_positive, extra
 
-
 DIGITS_SHAPE = (1, 8, 8)
 DIGITS_CLASSES = 10
 
@@ -37,10 +36,11 @@ def digits() -> tuple[Images, Images]:
 
     pixels, label = load_digits(return_X_y=True)
     image = (pixels / 8 - 1).astype(np.float32).reshape(-1, *DIGITS_SHAPE)
-    train_image, held_image, train_label, held_label = train_test_split(
-        image, label.astype(np.int32), test_size=360, random_state=0, stratify=label
-    )
-    return Images(train_image, train_label), Images(held_image, held_label)
+    images = Images(image, label.astype(np.int32))
+    rows = np.arange(len(label))
+    split = train_test_split(rows, test_size=360, random_state=0, stratify=label)
+    train_set, held_out = (Images(*(field[part] for field in images)) for part in split)
+    return train_set, held_out
 
 
 def batch_indices(step: int, batch_size: int, size: int, *, seed: int) -> Integer[np.ndarray, "_"]:

@@ -42,8 +42,10 @@ def linear_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
         Section 4 of [Ho et al. 2020](https://arxiv.org/abs/2006.11239).
     """
     if steps < 21:
-        raise ValueError(f"steps={steps} would need betas above 1: the least is 21. To sample in few "
-                         "steps, respace: Schedule(linear_betas(), space_timesteps(1000, steps))")
+        raise ValueError(
+            f"steps={steps} would need betas above 1: the least is 21. To sample in few "
+            "steps, respace: Schedule(linear_betas(), space_timesteps(1000, steps))"
+        )
     return np.linspace(1e-4, 2e-2, steps) * (1000 / steps)
 
 
@@ -191,9 +193,7 @@ class Schedule(eqx.Module):
         self.posterior_variance = table(variance)
         self.posterior_log_variance_clipped = table(np.log(clipped))
         self.posterior_mean_coef1 = table(betas * np.sqrt(signal_prev) / (1 - signal))
-        self.posterior_mean_coef2 = table(
-            (1 - signal_prev) * np.sqrt(1 - betas) / (1 - signal)
-        )
+        self.posterior_mean_coef2 = table((1 - signal_prev) * np.sqrt(1 - betas) / (1 - signal))
 
     @property
     def steps(self) -> int:
@@ -220,9 +220,7 @@ def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image
 
     The log-variance at `t = 0`, minus infinity, is replaced by that of `t = 1`.
     """
-    mean = (
-        _at(schedule.posterior_mean_coef1, t) * x0 + _at(schedule.posterior_mean_coef2, t) * xt
-    )
+    mean = _at(schedule.posterior_mean_coef1, t) * x0 + _at(schedule.posterior_mean_coef2, t) * xt
     return mean, _at(schedule.posterior_log_variance_clipped, t)
 
 

@@ -1,5 +1,6 @@
 """Classifier-free guidance: dropping labels in training, guiding a network in sampling."""
 
+import math
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -12,9 +13,7 @@ from ._types import Network, Number, Scalar
 Cond = TypeVar("Cond")
 
 
-def drop_label(
-    label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
-) -> Cond:
+def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray) -> Cond:
     """Replaces an example's conditioning by the null conditioning, now and then.
 
     **Arguments:**
@@ -94,6 +93,10 @@ def guide(
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} must be at least 1, or None for all")
+    if isinstance(scale, Number) and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
     if isinstance(scale, Number) and scale == 1:
         return network
-    return Guided(network, jnp.asarray(scale, jnp.float32), jax.tree.map(jnp.asarray, null), channels)
+    return Guided(
+        network, jnp.asarray(scale, jnp.float32), jax.tree.map(jnp.asarray, null), channels
+    )

@@ -160,9 +160,7 @@ def make_train_step(
         return TrainState(state.step + 1, network, ema, opt_state), metrics
 
     @eqx.filter_jit(donate="all-except-first")
-    def run(
-        batch_and_key: PyTree, state: TrainState
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def run(batch_and_key: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         if mesh is None:
             return update(state, *batch_and_key)
         arrays, static = eqx.partition(state, eqx.is_array)

@@ -15,8 +15,8 @@ import equidit as edt
 from equidit import diffusion as dfn
 
 NETWORKS: dict[str, dict[str, int]] = {
-    "dit_tiny": dict(hidden_size=32, num_heads=2, num_classes=4),
-    "dit_tiny_unit": dict(hidden_size=48, num_heads=4, num_classes=6),
+    "dit_tiny": {"hidden_size": 32, "num_heads": 2, "num_classes": 4},
+    "dit_tiny_unit": {"hidden_size": 48, "num_heads": 4, "num_classes": 6},
 }
 INPUTS = {"x", "t", "label", "cfg_x", "cfg_t", "cfg_label"}
 
@@ -65,7 +65,8 @@ def network_errors(name: str, **overrides: int) -> dict[str, float]:
     targets = {
         key
         for key in arrays
-        if key not in INPUTS and (key == "state_dict/pos_embed" or not key.startswith("state_dict/"))
+        if key not in INPUTS
+        and (key == "state_dict/pos_embed" or not key.startswith("state_dict/"))
     }
     assert targets == results.keys()
     return {key: _error(value, arrays[key]) for key, value in results.items()}
@@ -93,7 +94,9 @@ def diffusion_errors(spec: str) -> dict[str, float]:
     results = jax.vmap(values)(x0, noise, output, jnp.asarray(arrays[f"{spec}/x_t"]), t)
     # The step's own noise, known from its key, turns the golden mean and variance into a golden.
     z = np.asarray(jax.random.normal(key, x0.shape[1:]))[None]
-    deviation = np.exp(arrays[f"{spec}/p_log_variance"] / 2) * (np.asarray(t) > 0)[:, None, None, None]
+    deviation = (
+        np.exp(arrays[f"{spec}/p_log_variance"] / 2) * (np.asarray(t) > 0)[:, None, None, None]
+    )
     targets = {k.removeprefix(f"{spec}/"): v for k, v in arrays.items() if k.startswith(f"{spec}/")}
     targets["ddpm_step"] = targets.pop("p_mean") + deviation * z
     for name in ("t", "p_log_variance"):

@@ -54,7 +54,10 @@ def difference(a: Any, b: Any) -> float:
     left, right = jax.tree.leaves(a), jax.tree.leaves(b)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert [np.shape(x) for x in left] == [np.shape(y) for y in right]
-    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(left, right, strict=True)]
+    pairs = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(left, right, strict=True)
+    ]
     return max(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30) for x, y in pairs)
 
 
@@ -65,9 +68,14 @@ def tree_allclose(a: Any, b: Any, tolerance: float = 0.0) -> bool:
 
 def tiny(**overrides: Any) -> edt.DiT:
     """A small network with random weights, for digits-like inputs of 1x8x8."""
-    sizes: dict[str, Any] = dict(
-        in_channels=1, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=10
-    )
+    sizes: dict[str, Any] = {
+        "in_channels": 1,
+        "patch_size": 2,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "num_classes": 10,
+    }
     return randomize(edt.DiT(**(sizes | overrides), key=jax.random.key(0)))
 
 
@@ -96,7 +104,10 @@ def from_official(
         return [left.pop(f"{name}.weight"), left.pop(f"{name}.bias")]
 
     def stacked(name: str) -> list[np.ndarray]:
-        return [np.stack(pair) for pair in zip(*(linear(f"blocks.{i}.{name}") for i in (0, 1)), strict=True)]
+        return [
+            np.stack(pair)
+            for pair in zip(*(linear(f"blocks.{i}.{name}") for i in (0, 1)), strict=True)
+        ]
 
     kernel, bias = linear("x_embedder.proj")
     values = [

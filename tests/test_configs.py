@@ -28,19 +28,29 @@ def test_cost_at_512():
 
 
 def test_counts_of_another_config():
-    config = edt.Config(2, 32, 2, 4, in_channels=1, num_classes=10, mlp_ratio=2.5, learn_sigma=False)
+    config = edt.Config(
+        2, 32, 2, 4, in_channels=1, num_classes=10, mlp_ratio=2.5, learn_sigma=False
+    )
     network = edt.build(config, key=jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == edt.num_params(config)
     # Counted by hand, for a 4x6 image: 6 tokens of 4 features.
     n, d = 6, 32
     attention = n * d * 3 * d + n * d * d + 2 * n * n * d
     block = attention + 2 * n * d * 80 + 6 * d * d
-    assert edt.num_macs(config, 4, 6) == n * 4 * d + 256 * d + d * d + 2 * block + 2 * d * d + n * d * 4
+    assert (
+        edt.num_macs(config, 4, 6)
+        == n * 4 * d + 256 * d + d * d + 2 * block + 2 * d * d + n * d * 4
+    )
 
 
 def test_build_overrides():
     network = edt.build(
-        "DiT-S/8", key=jax.random.key(0), depth=1, in_channels=3, num_classes=None, learn_sigma=False
+        "DiT-S/8",
+        key=jax.random.key(0),
+        depth=1,
+        in_channels=3,
+        num_classes=None,
+        learn_sigma=False,
     )
     assert network(images(1, (3, 16, 8))[0], jax.numpy.asarray(3), None).shape == (3, 16, 8)
 

@@ -50,7 +50,9 @@ def test_low_precision_inside_and_the_input_dtype_outside():
     assert tree_allclose(tiny()(x, T, LABEL), out, 0.05)
     assert network(x.astype(jnp.bfloat16), T, LABEL).dtype == jnp.bfloat16
     # 997 and 999 are the same number in bfloat16.
-    assert not tree_allclose(network(x, jnp.asarray(997), LABEL), network(x, jnp.asarray(999), LABEL))
+    assert not tree_allclose(
+        network(x, jnp.asarray(997), LABEL), network(x, jnp.asarray(999), LABEL)
+    )
 
 
 def test_unconditional():

@@ -80,7 +80,9 @@ def test_cost_is_two_evaluations_or_one():
 
 
 def test_guidance_of_a_bfloat16_network():
-    out = edt.guide(edt.cast(tiny(), jnp.bfloat16), 2.0, NULL)(X[0].astype(jnp.bfloat16), T[0], LABEL[0])
+    out = edt.guide(edt.cast(tiny(), jnp.bfloat16), 2.0, NULL)(
+        X[0].astype(jnp.bfloat16), T[0], LABEL[0]
+    )
     assert out.dtype == jnp.bfloat16
 
 
@@ -112,6 +114,8 @@ def test_bad_input():
     for probability in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"probability={probability}"):
             edt.drop_label(LABEL[0], 10, probability, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        edt.guide(tiny(), float("nan"), NULL)
     with pytest.raises(ValueError, match="channels=0"):
         edt.guide(tiny(), 2.0, NULL, channels=0)
     with pytest.raises(ValueError, match="channels=3, but the output has only 2"):

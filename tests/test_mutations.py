@@ -38,7 +38,9 @@ def test_head_count():
 
 def test_sin_before_cos(monkeypatch):
     right = _layers.timestep_features
-    monkeypatch.setattr(_layers, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2))
+    monkeypatch.setattr(
+        _layers, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
+    )
     assert _network_fails()
 
 

@@ -123,7 +123,9 @@ def test_respaced(step):
     """50 of 1000 steps: still the support and, of a mixture's shares, the right ones."""
     schedule = dfn.Schedule(BETAS, dfn.space_timesteps(1000, 50))
     data = POINTS[np.random.default_rng(0).choice(3, COUNT, p=WEIGHTS)]
-    distances = np.linalg.norm(draw(step, points_network(), data, schedule)[:, None] - POINTS, axis=-1)
+    distances = np.linalg.norm(
+        draw(step, points_network(), data, schedule)[:, None] - POINTS, axis=-1
+    )
     assert distances.min(1).max() < 1e-3
     shares = np.bincount(distances.argmin(1), minlength=3) / COUNT
     assert np.abs(shares - WEIGHTS).max() < LIMIT * np.sqrt(0.25 / COUNT) + 0.01
@@ -154,7 +156,7 @@ def test_terms_of_the_exact_posterior(t):
     variance = beta * (1 - prev) / (1 - signal[t])
     mse, bits = _expected_terms(t)
     assert mse == pytest.approx(signal[t], abs=1e-4)
-    # KL(N(m1, v) || N(m2, beta)): E (m1 - m2)^2 is coef1^2 var(x0 | xt), and var(x0 | xt) = 1 - signal.
+    # KL(N(m1, v) || N(m2, beta)): E (m1 - m2)^2 is coef1^2 var(x0 | xt), which is 1 - signal.
     spread = (beta * np.sqrt(prev) / (1 - signal[t])) ** 2 * (1 - signal[t])
     kl = 0.5 * (np.log(beta / variance) + (variance + spread) / beta - 1)
     assert bits == pytest.approx(kl / np.log(2), abs=1e-4)

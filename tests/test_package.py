@@ -56,7 +56,17 @@ def test_library_neither_prints_nor_reads_the_environment(name):
 
 
 def test_import_needs_the_core_alone():
-    extras = ("sklearn", "matplotlib", "tqdm", "tyro", "orbax", "grain", "torch", "diffusers", "scipy")
+    extras = (
+        "sklearn",
+        "matplotlib",
+        "tqdm",
+        "tyro",
+        "orbax",
+        "grain",
+        "torch",
+        "diffusers",
+        "scipy",
+    )
     code = f"""
 import sys
 for name in {extras}:
@@ -94,10 +104,14 @@ try:
 except Exception as error:
     print(type(error).__name__)
 """
-    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: E731, E501
-    assert run().stdout.strip() == "TypeCheckError"
+
+    def printed():
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert printed() == "TypeCheckError"
     monkeypatch.setenv("JAXTYPING_DISABLE", "1")
-    assert run().stdout.strip() == ""
+    assert printed() == ""
 
 
 def test_public_names_have_docstrings():

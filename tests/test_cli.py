@@ -1,0 +1,253 @@
+"""The command, as a user calls it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from equidit import _run, cli
+
+SMALL = shlex.split("--hidden-size 16 --depth 1 --num-heads 2 --sampling-steps 4 --batch-size 16")
+EVERY = shlex.split("--log-every 2 --sample-every 4")
+
+
+def run(*arguments):
+    return cli.run([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run, and what was printed."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert run("train", "digits", "--out", out, "--steps", 6, *SMALL, *EVERY) == 0
+    return out
+
+
+def test_what_a_run_leaves(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "loss.png", "samples.png", "checkpoint.npz"}
+    assert not [name for name in names if name.endswith(".partial")]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["data"] == "digits"
+    assert config["settings"]["hidden_size"] == 16
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 6]
+    for row in rows:
+        assert row.keys() >= (
+            {"loss", "grad_norm", "images_per_second"}
+            if "loss" in row
+            else {"validation_loss", "validation_loss_by_quartile"}
+        )
+    report = json.loads((trained / "report.json").read_text())
+    assert report["samples"] == 500
+    assert report["frechet_at"] == 360
+    assert 0 < report["accuracy_held_out"] <= 1
+    assert report["frechet"] > report["frechet_floor"] > 0
+    assert report["nearest"] > 0
+    quartiles = report["validation_loss_by_quartile"]
+    assert report["validation_loss"] == pytest.approx(np.mean(quartiles))
+
+
+def test_pictures_show_something(trained):
+    for name in ("samples.png", "loss.png"):
+        pixels = matplotlib.image.imread(trained / name)
+        assert min(pixels.shape[:2]) > 200
+        assert len(np.unique(pixels)) > 20
+
+
+def test_resume_is_bit_exact(trained, tmp_path, capsys):
+    out = tmp_path / "digits"
+    assert run("train", "--out", out, "--steps", 4, *SMALL, *EVERY) == 0
+    assert run("train", "--out", out, "--steps", 6, "--resume") == 0
+    assert (out / "checkpoint.npz").read_bytes() == (trained / "checkpoint.npz").read_bytes()
+    assert (out / "samples.png").read_bytes() == (trained / "samples.png").read_bytes()
+
+    def rows(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) | {"images_per_second": 0} for line in lines]
+
+    assert rows(out) == rows(trained)
+    assert f"equidit sample {out}" in capsys.readouterr().out
+
+
+def test_sample(trained, capsys):
+    common = ("--steps", 3, "--per-label", 2, "--labels")
+    assert run("sample", trained, *common, "3,1,4") == 0
+    first = capsys.readouterr().out.strip()
+    assert first == str(trained / "sample-ddim3-scale1.5-seed0.png")
+    assert run("sample", trained, *common, "3", "1", "4", "--out", trained / "again.png") == 0
+    assert (trained / "again.png").read_bytes() == Path(first).read_bytes()
+    for change in (["--sampler", "ddpm"], ["--guidance-scale", 1], ["--seed", 1]):
+        other = trained / "other.png"
+        assert run("sample", trained, *common, "3,1,4", "--out", other, *change) == 0
+        assert other.read_bytes() != (trained / "again.png").read_bytes()
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("train", "--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for setting in _run.Settings().record():
+        assert f"--{setting.replace('_', '-')}" in text
+
+
+def error_of(capsys, *arguments):
+    """What a command that fails says; the parser's own errors are boxed, and exit with 2."""
+    capsys.readouterr()
+    try:
+        assert run(*arguments) == 1
+    except SystemExit as exit:
+        assert exit.code == 2  # noqa: PT017
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return " ".join(message.replace("│", " ").split())
+
+
+def test_a_folder_that_exists(trained, tmp_path, capsys):
+    before = (trained / "checkpoint.npz").read_bytes()
+    message = error_of(capsys, "train", "--out", trained)
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert (trained / "checkpoint.npz").read_bytes() == before
+    assert "exclude" in error_of(capsys, "train", "--out", trained, "--resume", "--overwrite")
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "other things" in error_of(capsys, "train", "--out", tmp_path, "--overwrite")
+    assert "no folder" in error_of(capsys, "train", "--out", tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_overwrite_starts_over(trained, tmp_path):
+    out = tmp_path / "digits"
+    out.mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoint.npz"):
+        (out / name).write_bytes((trained / name).read_bytes())
+    assert run("train", "--out", out, "--overwrite", "--steps", 2, *SMALL, *EVERY) == 0
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", 0], ["steps=0"]),
+        (["--batch-size", 12], ["batch of 12", "8 devices", "8 or 16"]),
+        (["--patch-size", 3], ["height=8", "patch_size=3"]),
+        (["--hidden-size", 20, "--num-heads", 3], ["dim=20", "num_heads=3"]),
+        (["--learning-rate", "nan"], ["learning_rate=nan"]),
+        (["--learning-rate", -1], ["learning_rate=-1"]),
+        (["--label-dropout", 1.5], ["label_dropout=1.5"]),
+        (["--ema-decay", 2], ["ema_decay=2"]),
+        (["--sampling-steps", 2000], ["sampling_steps=2000", "1000"]),
+        (["--seed", -1], ["seed=-1"]),
+        (["--resume"], ["no run", "config.json"]),
+    ],
+)
+def test_bad_settings_write_nothing(tmp_path, capsys, arguments, words):
+    out = tmp_path / "digits"
+    message = error_of(capsys, "train", "--out", out, *arguments)
+    assert all(word in message for word in words), message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--labels", "3,10"], ["label 10", "0 to 9"]),
+        (["--labels", "-1"], ["label -1", "0 to 9"]),
+        (["--labels", ""], ["labels", "whole numbers such as 3,1,4"]),
+        (["--labels", "3,x"], ["labels", "'3,x'"]),
+        (["--labels"], ["labels", "whole numbers"]),
+        (["--steps", 1001], ["1001", "1000"]),
+        (["--steps", 0], ["0"]),
+        (["--per-label", 0], ["per_label=0"]),
+        (["--guidance-scale", "nan"], ["scale=nan"]),
+    ],
+)
+def test_bad_sampling(trained, capsys, arguments, words):
+    before = {path.name for path in trained.iterdir()}
+    message = error_of(capsys, "sample", trained, *arguments)
+    assert all(word in message for word in words), message
+    assert before == {path.name for path in trained.iterdir()}
+
+
+def test_unknown_names_list_the_known_ones(trained, capsys):
+    for arguments, names in (
+        (["sample", trained, "--sampler", "euler"], ["ddim", "ddpm"]),
+        (["train", "mnist"], ["digits"]),
+        (["evaluate"], ["train", "sample"]),
+    ):
+        message = error_of(capsys, *arguments)
+        assert all(name in message for name in names), message
+
+
+def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
+    assert "no run" in error_of(capsys, "sample", tmp_path / "nowhere")
+    for name in ("config.json", "checkpoint.npz"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    whole = (tmp_path / "checkpoint.npz").read_bytes()
+    (tmp_path / "checkpoint.npz").write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in error_of(capsys, "sample", tmp_path)
+    assert "damaged" in error_of(capsys, "train", "--out", tmp_path, "--resume")
+    (tmp_path / "checkpoint.npz").unlink()
+    assert "no checkpoint" in error_of(capsys, "sample", tmp_path)
+    (tmp_path / "checkpoint.npz").write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["settings"]["depth"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "belongs to another model" in error_of(capsys, "sample", tmp_path)
+    for text in ("{", "[]", '{"settings": {"width": 3}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert "config.json is damaged" in error_of(capsys, "sample", tmp_path)
+
+
+def test_resume_refuses_other_settings(trained, capsys):
+    out = ("--out", trained, "--resume")
+    message = error_of(capsys, "train", *out, "--batch-size", 32)
+    assert "batch_size=32 (was 16)" in message
+    assert "beyond steps=5" in error_of(capsys, "train", *out, "--steps", 5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    out = tmp_path / "digits"
+    message = error_of(
+        capsys, "train", "--out", out, "--learning-rate", 1e30, "--steps", 20, *SMALL, *EVERY
+    )
+    assert "nan" in message
+    assert "--learning-rate" in message
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    out = tmp_path / "my digits"
+    code = "import sys; from equidit.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", "--out", str(out)]
+    settings = [*SMALL, "--steps", "100000", "--log-every", "1", "--sample-every", "100000"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *settings], env=environment, **pipes)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"equidit train digits --out '{out}' --resume" in printed
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    stopped = rows[-1]["step"]
+    assert "validation_loss" in rows[-1]
+    assert run("train", "--out", out, "--resume", "--steps", stopped + 1) == 0
+    assert _run.Folder(out).rows()[-1]["step"] == stopped + 1
