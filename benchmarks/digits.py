@@ -1,0 +1,48 @@
+"""How good are the digits of the default run, and how long does it take, over several seeds?"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .common import write
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `equidit train digits` once a seed, prints a table and writes the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+
+    rows = []
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "digits"
+            command = [sys.executable, "-m", "equidit", "train", "digits"]
+            start = time.perf_counter()
+            subprocess.run([*command, "--seed", str(seed), "--out", str(out)], check=True)
+            seconds = time.perf_counter() - start
+            rows.append(
+                {"seed": seed, "seconds": seconds}
+                | json.loads(out.joinpath("report.json").read_text())
+            )
+    path = write("digits", {"results": rows})
+    print(
+        "| seed | wall time | accuracy | Frechet / floor | nearest / held out | validation loss |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['seed']} | {row['seconds']:.0f} s | {row['accuracy']:.3f} "
+            f"| {row['frechet'] / row['frechet_floor']:.2f} "
+            f"| {row['nearest'] / row['nearest_held_out']:.2f} | {row['validation_loss']:.4f} |"
+        )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
