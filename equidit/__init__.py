@@ -6,26 +6,44 @@ from jaxtyping import install_import_hook as _install_import_hook
 _install_import_hook("equidit", "beartype.beartype")
 
 from . import diffusion as diffusion
-from ._blocks import AdaLNZeroBlock as AdaLNZeroBlock, Stack as Stack
+from ._blocks import (
+    AdaLNBlock as AdaLNBlock,
+    AdaLNZeroBlock as AdaLNZeroBlock,
+    CrossAttentionBlock as CrossAttentionBlock,
+    InContextBlock as InContextBlock,
+    TextCrossAttentionBlock as TextCrossAttentionBlock,
+)
+from ._conditioning import (
+    LabelConditioner as LabelConditioner,
+    LabelEmbedder as LabelEmbedder,
+    TextConditioner as TextConditioner,
+    TextEmbedder as TextEmbedder,
+    TimestepConditioner as TimestepConditioner,
+    TimestepEmbedder as TimestepEmbedder,
+)
+from ._counting import count_macs as count_macs
 from ._dit import DiT as DiT
 from ._layers import (
     MLP as MLP,
     Attention as Attention,
     FinalLayer as FinalLayer,
-    LabelConditioner as LabelConditioner,
-    LabelEmbedder as LabelEmbedder,
+    LayerNorm as LayerNorm,
     Linear as Linear,
-    TimestepConditioner as TimestepConditioner,
-    TimestepEmbedder as TimestepEmbedder,
+    PlainFinalLayer as PlainFinalLayer,
+    RMSNorm as RMSNorm,
+    SwiGLU as SwiGLU,
 )
 from ._ops import (
     layer_norm as layer_norm,
     modulate as modulate,
     patchify as patchify,
+    rms_norm as rms_norm,
+    rotary_2d as rotary_2d,
     sincos_2d as sincos_2d,
     timestep_features as timestep_features,
     unpatchify as unpatchify,
 )
+from ._stack import Stack as Stack
 from ._types import (
     Block as Block,
     Conditioning as Conditioning,
@@ -36,6 +54,7 @@ from .configs import (
     CONFIGS as CONFIGS,
     Config as Config,
     build as build,
+    macs_by_part as macs_by_part,
     num_macs as num_macs,
     num_params as num_params,
 )

@@ -1,13 +1,13 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ._common import check_positive
-from ._layers import MLP, Attention, Linear, zeros
+from ._layers import MLP, Attention, LayerNorm, Linear, zeros
 from ._ops import layer_norm, modulate
 from ._types import Conditioning, Number
 
@@ -23,9 +23,10 @@ class AdaLNZeroBlock(eqx.Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    attention: Attention
-    mlp: MLP
+    attention: Any
+    mlp: Any
     modulation: Linear
+    norm: Callable[..., Array] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -33,7 +34,9 @@ class AdaLNZeroBlock(eqx.Module):
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attend: Callable[..., Array] = jax.nn.dot_product_attention,
+        attention: Callable[..., Any] = Attention,
+        mlp: Callable[..., Any] = MLP,
+        norm: Callable[..., Array] = layer_norm,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -41,93 +44,231 @@ class AdaLNZeroBlock(eqx.Module):
         - `dim`: the hidden size.
         - `num_heads`: attention heads; must divide `dim`.
         - `mlp_ratio`: the MLP's hidden size as a multiple of `dim`.
-        - `attend`: see [`equidit.Attention`][].
+        - `attention`: called as `attention(dim, num_heads, key=key)`; makes a module with the call
+            of [`equidit.Attention`][]. For variants, `partial(Attention, qk_norm=RMSNorm)` or
+            `partial(Attention, rotary=rotary_2d)`.
+        - `mlp`: called as `mlp(dim, hidden_size, key=key)`, e.g. [`equidit.SwiGLU`][].
+        - `norm`: a function of the tokens without parameters, e.g. [`equidit.rms_norm`][].
         - `key`: initialises the weights.
         """
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        self.attention = Attention(dim, num_heads, attend=attend, key=attention_key)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.attention = attention(dim, num_heads, key=attention_key)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
+        self.norm = norm
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
-        attended = self.attention(modulate(layer_norm(tokens), shift_a, scale_a))
-        tokens = tokens + gate_a[None] * attended
-        return tokens + gate_m[None] * self.mlp(modulate(layer_norm(tokens), shift_m, scale_m))
+        x = modulate(self.norm(tokens), shift_a, scale_a)
+        tokens = tokens + gate_a[None] * self.attention(x, positions=cond.positions)
+        return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
 
-_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
-}
+class AdaLNBlock(eqx.Module):
+    """Self-attention and MLP, each shifted and scaled, not gated, by the conditioning vector.
 
+    Arguments as for [`equidit.AdaLNZeroBlock`][]. Shifts and scales are zero at initialisation.
 
-class Stack(eqx.Module):
-    """A stack of equal blocks, itself a block: one compiled body, scanned over the depth.
+    ??? cite
 
-    Blocks may be any modules. Their arrays are stacked along a new first axis; all else must be
-    the same in every block.
+        Section 3.2, "Adaptive layer norm (adaLN) block", of
+        [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    blocks: Any
-    depth: int = eqx.field(static=True)
-    remat: str | None = eqx.field(static=True)
+    attention: Any
+    mlp: Any
+    modulation: Linear
+    norm: Callable[..., Array] = eqx.field(static=True)
 
     def __init__(
         self,
-        make_block: Callable[..., Any],
-        depth: int,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: Number = 4.0,
         *,
-        remat: str | None = None,
+        attention: Callable[..., Any] = Attention,
+        mlp: Callable[..., Any] = MLP,
+        norm: Callable[..., Array] = layer_norm,
         key: PRNGKeyArray,
     ):
-        """**Arguments:**
-
-        - `make_block`: called as `make_block(key=key)`, once for every block.
-        - `depth`: number of blocks, at least 1.
-        - `remat`: what the backward pass computes again rather than remember: `None` nothing;
-            `"dots"` all but the results of weight matrix products (half the memory at about the
-            speed of `None`); `"full"` everything but each block's input.
-        - `key`: split over the blocks.
-        """
-        check_positive(depth=depth)
-        if remat is not None and remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r} is unknown: choose None, {_names(_REMAT_POLICIES)}")
-        self.blocks = eqx.filter_vmap(lambda k: make_block(key=k))(jax.random.split(key, depth))
-        self.depth = depth
-        self.remat = remat
+        attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
+        self.attention = attention(dim, num_heads, key=attention_key)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.modulation = Linear(dim, 4 * dim, init=zeros, key=modulation_key)
+        self.norm = norm
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
-        stacked, static = eqx.partition(self.blocks, eqx.is_array)
+        modulation = self.modulation(jax.nn.silu(cond.vector))
+        shift_a, scale_a, shift_m, scale_m = jnp.split(modulation, 4)
+        x = modulate(self.norm(tokens), shift_a, scale_a)
+        tokens = tokens + self.attention(x, positions=cond.positions)
+        return tokens + self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
-        def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
-            return eqx.combine(arrays, static)(tokens, cond), None
 
-        if self.remat is not None:
-            # The barriers against merging that prevent_cse adds are needless inside a scan.
-            policy = _REMAT_POLICIES[self.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, tokens, stacked)[0]
+class InContextBlock(eqx.Module):
+    """A plain transformer block, for conditioning that is among the tokens.
 
-    def unstack(self) -> list[Any]:
-        """The blocks one by one, for a loop of your own:
+    It reads no conditioning of its own: use it with `DiT(append_cond=True)`, which appends
+    `cond.tokens` to the image's and removes them after the last block. Otherwise the network is
+    unconditional.
 
-        ```python
-        hidden = []
-        for block in stack.unstack():
-            tokens = block(tokens, cond)
-            hidden.append(tokens)
-        ```
+    ??? cite
+
+        Section 3.2, "In-context conditioning", of
+        [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    """
+
+    norm_attention: Any
+    attention: Any
+    norm_mlp: Any
+    mlp: Any
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: Number = 4.0,
+        *,
+        attention: Callable[..., Any] = Attention,
+        mlp: Callable[..., Any] = MLP,
+        norm: Callable[[int], Any] = LayerNorm,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `dim`, `num_heads`, `mlp_ratio`, `attention`, `mlp`, `key`: as for
+            [`equidit.AdaLNZeroBlock`][].
+        - `norm`: called as `norm(dim)`; makes a module, e.g. [`equidit.RMSNorm`][].
         """
-        stacked, static = eqx.partition(self.blocks, eqx.is_array)
-        take = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
-        return [eqx.combine(arrays, static) for arrays in take]
+        attention_key, mlp_key = jax.random.split(key)
+        self.norm_attention = norm(dim)
+        self.attention = attention(dim, num_heads, key=attention_key)
+        self.norm_mlp = norm(dim)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+
+    def __call__(
+        self, tokens: Float[Array, "tokens dim"], cond: Conditioning
+    ) -> Float[Array, "tokens dim"]:
+        mask = _mask_of_all(tokens, cond)
+        x = self.norm_attention(tokens)
+        tokens = tokens + self.attention(x, mask=mask, positions=cond.positions)
+        return tokens + self.mlp(self.norm_mlp(tokens))
 
 
-def _names(table: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name in table)
+def _mask_of_all(tokens: Array, cond: Conditioning) -> Bool[Array, " tokens"] | None:
+    """The mask of the appended tokens, which are the last, with the image's before it."""
+    if cond.mask is None:
+        return None
+    return jnp.pad(cond.mask, (tokens.shape[0] - cond.mask.shape[0], 0), constant_values=True)
+
+
+class CrossAttentionBlock(eqx.Module):
+    """A transformer block with cross-attention to the conditioning's tokens after self-attention.
+
+    ??? cite
+
+        Section 3.2, "Cross-attention block", of
+        [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    """
+
+    norm_attention: Any
+    attention: Any
+    norm_cross: Any
+    cross: Any
+    norm_mlp: Any
+    mlp: Any
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: Number = 4.0,
+        *,
+        attention: Callable[..., Any] = Attention,
+        mlp: Callable[..., Any] = MLP,
+        norm: Callable[[int], Any] = LayerNorm,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:** as for [`equidit.InContextBlock`][]; `attention` makes both attentions."""
+        attention_key, cross_key, mlp_key = jax.random.split(key, 3)
+        self.norm_attention = norm(dim)
+        self.attention = attention(dim, num_heads, key=attention_key)
+        self.norm_cross = norm(dim)
+        self.cross = attention(dim, num_heads, key=cross_key)
+        self.norm_mlp = norm(dim)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+
+    def __call__(
+        self, tokens: Float[Array, "tokens dim"], cond: Conditioning
+    ) -> Float[Array, "tokens dim"]:
+        context = tokens_of(cond, reader="CrossAttentionBlock")
+        tokens = tokens + self.attention(self.norm_attention(tokens), positions=cond.positions)
+        tokens = tokens + self.cross(self.norm_cross(tokens), context, cond.mask)
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class TextCrossAttentionBlock(eqx.Module):
+    """An adaLN-Zero block with cross-attention to the conditioning's tokens, the prompt's, between.
+
+    The gates and the cross-attention's output projection are zero at initialisation, so a new block
+    is the identity.
+
+    ??? cite
+
+        Section 2.3 of [Chen et al. 2023](https://arxiv.org/abs/2310.00426).
+    """
+
+    attention: Any
+    cross: Any
+    mlp: Any
+    modulation: Linear
+    norm: Callable[..., Array] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: Number = 4.0,
+        *,
+        attention: Callable[..., Any] = Attention,
+        cross: Callable[..., Any] = partial(Attention, out_init=zeros),
+        mlp: Callable[..., Any] = MLP,
+        norm: Callable[..., Array] = layer_norm,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], and
+
+        - `cross`: makes the cross-attention, as `attention` makes the self-attention.
+        """
+        attention_key, cross_key, mlp_key, modulation_key = jax.random.split(key, 4)
+        self.attention = attention(dim, num_heads, key=attention_key)
+        self.cross = cross(dim, num_heads, key=cross_key)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
+        self.norm = norm
+
+    def __call__(
+        self, tokens: Float[Array, "tokens dim"], cond: Conditioning
+    ) -> Float[Array, "tokens dim"]:
+        context = tokens_of(cond, reader="TextCrossAttentionBlock")
+        modulation = self.modulation(jax.nn.silu(cond.vector))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
+        x = modulate(self.norm(tokens), shift_a, scale_a)
+        tokens = tokens + gate_a[None] * self.attention(x, positions=cond.positions)
+        tokens = tokens + self.cross(self.norm(tokens), context, cond.mask)
+        return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
+
+
+def tokens_of(cond: Conditioning, *, reader: str) -> Float[Array, "cond dim"]:
+    """The conditioning's tokens; `ValueError` if the conditioner gave none."""
+    if cond.tokens is None:
+        raise ValueError(
+            f"{reader} reads the conditioning's tokens, but the conditioner gave none: "
+            "return Conditioning(vector, tokens) from it"
+        )
+    return cond.tokens

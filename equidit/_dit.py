@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ._blocks import AdaLNZeroBlock, Stack
+from ._blocks import AdaLNZeroBlock, tokens_of
 from ._common import check_positive
-from ._layers import FinalLayer, LabelConditioner, Linear, TimestepConditioner
+from ._conditioning import LabelConditioner, TimestepConditioner
+from ._layers import FinalLayer, Linear
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
-from ._types import Number
+from ._stack import Stack
+from ._types import Conditioning, Number
 
 
 class DiT(eqx.Module):
@@ -39,6 +41,7 @@ class DiT(eqx.Module):
     in_channels: int = eqx.field(static=True)
     out_channels: int = eqx.field(static=True)
     patch_size: int = eqx.field(static=True)
+    append_cond: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class DiT(eqx.Module):
         learn_sigma: bool = True,
         block: Callable[..., Any] = AdaLNZeroBlock,
         final: Callable[..., Any] = FinalLayer,
+        append_cond: bool = False,
         conditioner: Callable[..., Any] | None = None,
         remat: str | None = None,
         key: PRNGKeyArray,
@@ -71,6 +75,8 @@ class DiT(eqx.Module):
         - `block`: a class or function called as `block(hidden_size, num_heads, mlp_ratio, key=key)`
             that makes a [`equidit.Block`][].
         - `final`: likewise `final(hidden_size, patch_size, out_channels, key=key)`.
+        - `append_cond`: whether the conditioning's tokens are appended to the image's for the
+            blocks. `block`, `final` and `append_cond` belong together: see [`equidit.Config`][].
         - `conditioner`: a module called as `conditioner(t, cond)` that returns a
             [`equidit.Conditioning`][] of vectors of `hidden_size`. With it `num_classes` must be
             `None`. By default timestep + label.
@@ -89,6 +95,7 @@ class DiT(eqx.Module):
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.patch_size = patch_size
+        self.append_cond = append_cond
         self.patch_embed = Linear(patch_size**2 * in_channels, hidden_size, key=patch_key)
         if conditioner is not None:
             self.conditioner = conditioner
@@ -119,6 +126,22 @@ class DiT(eqx.Module):
         The predicted noise and, with `learn_sigma`, `channels` more for the variance. The dtype is
         `x`'s; inside, the network computes in its parameters' dtype.
         """
+        grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
+        tokens, conditioning = self.embed(x, t, cond)
+        tokens = self.blocks(tokens, conditioning)[: grid[0] * grid[1]]
+        patches = self.final(tokens, conditioning)
+        return unpatchify(patches, self.patch_size, grid).astype(x.dtype)
+
+    def embed(
+        self,
+        x: Float[Array, "channels height width"],
+        t: Float[Array, ""] | Int[Array, ""],
+        cond: PyTree,
+    ) -> tuple[Float[Array, "tokens dim"], Conditioning]:
+        """What goes into the first block: the tokens, the image's first, and the conditioning.
+
+        **Arguments:** those of the network.
+        """
         channels, height, width = x.shape
         if channels != self.in_channels:
             raise ValueError(
@@ -129,10 +152,12 @@ class DiT(eqx.Module):
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
         tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
         conditioning = self.conditioner(t, cond)
+        rows, columns = jnp.meshgrid(*map(jnp.arange, grid), indexing="ij")
+        positions = jnp.stack([rows.ravel(), columns.ravel()], axis=1).astype(jnp.float32)
+        if self.append_cond:
+            appended = tokens_of(conditioning, reader="DiT with append_cond=True").astype(dtype)
+            tokens = jnp.concatenate([tokens, appended])
+            positions = jnp.pad(positions, ((0, appended.shape[0]), (0, 0)))
         if conditioning.positions is None:
-            rows, columns = jnp.meshgrid(*map(jnp.arange, grid), indexing="ij")
-            positions = jnp.stack([rows.ravel(), columns.ravel()], axis=1).astype(jnp.float32)
             conditioning = dataclasses.replace(conditioning, positions=positions)
-        tokens = self.blocks(tokens, conditioning)
-        patches = self.final(tokens, conditioning)
-        return unpatchify(patches, self.patch_size, grid).astype(x.dtype)
+        return tokens, conditioning

@@ -151,7 +151,7 @@ def modulate(
     return x * (1 + scale[None]) + shift[None]
 
 
-def layer_norm(x: Float[Array, "tokens dim"], eps: Number = 1e-6) -> Float[Array, "tokens dim"]:
+def layer_norm(x: Float[Array, "*tokens dim"], eps: Number = 1e-6) -> Float[Array, "*tokens dim"]:
     """Every token to mean 0 and variance 1, without learned scale or shift.
 
     Statistics are taken in at least float32; the result has `x`'s dtype.
@@ -160,3 +160,60 @@ def layer_norm(x: Float[Array, "tokens dim"], eps: Number = 1e-6) -> Float[Array
     y = y - y.mean(axis=-1, keepdims=True)
     variance = jnp.square(y).mean(axis=-1, keepdims=True)
     return (y * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*tokens dim"], eps: Number = 1e-6) -> Float[Array, "*tokens dim"]:
+    """Every token to a mean square of 1, without learned scale: `layer_norm` less the centring.
+
+    ??? cite
+
+        [Zhang & Sennrich 2019](https://arxiv.org/abs/1910.07467).
+    """
+    y = upcast(x)
+    square = jnp.square(y).mean(axis=-1, keepdims=True)
+    return (y * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+
+
+def rotary_2d(
+    x: Float[Array, "tokens heads head_dim"],
+    positions: Float[Array, "tokens 2"],
+    theta: Number = 10000.0,
+) -> Float[Array, "tokens heads head_dim"]:
+    """Rotary position embedding of a grid: turns queries or keys by angles of their position.
+
+    The product of a query and a key so turned depends on the difference of their positions alone.
+
+    **Arguments:**
+
+    - `x`: queries or keys; `head_dim` must be a multiple of 4, else `ValueError`.
+    - `positions`: row and column of every token. A token at (0, 0) is not turned.
+    - `theta`: the slowest frequency is about 1/theta radians a patch.
+
+    **Returns:**
+
+    `x` with the pairs of its first half turned by the column and those of its second half by the
+    row, as in [`equidit.sincos_2d`][]. Angles are computed in at least float32.
+
+    ??? cite
+
+        [Su et al. 2021](https://arxiv.org/abs/2104.09864); by axes,
+        [Heo et al. 2024](https://arxiv.org/abs/2403.13298).
+    """
+    head_dim = x.shape[-1]
+    if head_dim % 4:
+        raise ValueError(
+            f"head_dim={head_dim} must be a multiple of 4 for a rotary embedding of two axes: "
+            "choose another hidden size or number of heads"
+        )
+    quarter = head_dim // 4
+    frequency = jnp.asarray(float(theta) ** (-np.arange(quarter) / quarter), positions.dtype)
+
+    def turn(half: Array, position: Float[Array, " tokens"]) -> Array:
+        angle = upcast(position[:, None] * frequency[None])[:, None]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        a, b = jnp.split(upcast(half), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = [turn(first, positions[:, 1]), turn(second, positions[:, 0])]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

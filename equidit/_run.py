@@ -53,6 +53,8 @@ class Settings:
     """Attention heads of a block."""
     patch_size: int = 2
     """Side of a patch, in pixels."""
+    block: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
+    """How blocks are conditioned: the paper's four designs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in during training; the state is always float32."""
     accumulate: int = 1
@@ -102,6 +104,7 @@ class Settings:
             self.num_heads,
             in_channels=DIGITS_SHAPE[0],
             num_classes=DIGITS_CLASSES,
+            block=self.block,
         )
 
     def key(self, purpose: int) -> PRNGKeyArray:

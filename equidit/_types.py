@@ -7,6 +7,7 @@ Axis names, the same in every signature of the library:
 | `channels height width` | an image or a latent, channels first |
 | `tokens dim` | a sequence of tokens and the model's hidden size |
 | `cond dim` | the conditioning as a sequence |
+| `length text_dim` | a prompt: the states of a text encoder |
 | `features` | the entries of one patch, in the order (row, column, channel) |
 | `heads head_dim` | attention heads and the size of each |
 | `out` | output features or channels |
@@ -34,8 +35,8 @@ class Conditioning(eqx.Module):
     - `vector`: read by adaptive norms; the paper's timestep embedding + label embedding.
     - `tokens`: read by attention; the paper's sequence [timestep, label].
     - `mask`: which of `tokens` may be attended to; `None` is all of them.
-    - `positions`: row and column of every image token, in patches. `DiT` fills it in, since a
-        conditioner does not know the size of the image.
+    - `positions`: row and column of every token, in patches; 0 for appended ones. `DiT` fills it
+        in, since a conditioner does not know the size of the image.
     """
 
     vector: Float[Array, " dim"]

@@ -1,22 +1,44 @@
-"""The paper's twelve configurations, and their size and cost without allocating a weight."""
+"""The paper's configurations and block types; size and cost without allocating a weight."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray
 
-from ._blocks import AdaLNZeroBlock
+from ._blocks import (
+    AdaLNBlock,
+    AdaLNZeroBlock,
+    CrossAttentionBlock,
+    InContextBlock,
+    TextCrossAttentionBlock,
+)
+from ._conditioning import TextConditioner
 from ._dit import DiT
-from ._layers import FinalLayer
+from ._layers import FinalLayer, PlainFinalLayer
 from ._ops import grid_of
 from ._types import Number
 
-_BLOCKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "adaln-zero": (AdaLNZeroBlock, FinalLayer),
+
+class _Design(NamedTuple):
+    """A block type, what belongs to it, and what its cost depends on."""
+
+    block: Callable[..., Any]
+    final: Callable[..., Any] = FinalLayer
+    append_cond: bool = False
+    modulation: int = 0
+    cross: bool = False
+
+
+_DESIGNS = {
+    "adaln-zero": _Design(AdaLNZeroBlock, modulation=6),
+    "adaln": _Design(AdaLNBlock, modulation=4),
+    "cross-attention": _Design(CrossAttentionBlock, PlainFinalLayer, cross=True),
+    "in-context": _Design(InContextBlock, PlainFinalLayer, append_cond=True),
+    "text-cross-attention": _Design(TextCrossAttentionBlock, modulation=6, cross=True),
 }
 
 
@@ -24,8 +46,18 @@ _BLOCKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 class Config:
     """The sizes of a DiT, as plain data.
 
-    Fields are [`equidit.DiT`][]'s arguments; `block` names a block type together with the final
-    layer that belongs to it.
+    **Fields:** [`equidit.DiT`][]'s arguments, and
+
+    - `block`: `"adaln-zero"`, `"adaln"`, `"cross-attention"`, `"in-context"` (the paper's four) or
+        `"text-cross-attention"`: a block type together with the final layer, and the place of the
+        conditioning, that belong to it.
+    - `text_dim`: size of a text encoder's states; makes the network take prompts
+        ([`equidit.TextConditioner`][]) in place of labels, and needs `num_classes=None`.
+    - `text_length`: of the longest prompt, in tokens.
+
+    **Raises:**
+
+    `ValueError` for an unknown block (it lists the known ones), and for text beside labels.
     """
 
     patch_size: int
@@ -37,11 +69,18 @@ class Config:
     mlp_ratio: Number = 4.0
     learn_sigma: bool = True
     block: str = "adaln-zero"
+    text_dim: int | None = None
+    text_length: int = 77
     remat: str | None = None
 
     def __post_init__(self):
-        if self.block not in _BLOCKS:
-            raise ValueError(f"block={self.block!r} is unknown: choose from {', '.join(_BLOCKS)}")
+        if self.block not in _DESIGNS:
+            raise ValueError(f"block={self.block!r} is unknown: choose from {', '.join(_DESIGNS)}")
+        if self.text_dim is not None and self.num_classes is not None:
+            raise ValueError(
+                f"text_dim={self.text_dim} and num_classes={self.num_classes} exclude each other: "
+                "pass num_classes=None for prompts"
+            )
 
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -81,8 +120,27 @@ def build(name_or_config: str | Config, *, key: PRNGKeyArray, **overrides: Any) 
     if unknown := [name for name in overrides if name not in fields]:
         raise TypeError(f"Config has no field {unknown[0]!r}: its fields are {', '.join(fields)}")
     sizes = dataclasses.asdict(dataclasses.replace(config, **overrides))
-    block, final = _BLOCKS[sizes.pop("block")]
-    return DiT(**sizes, block=block, final=final, key=key)
+    design = _DESIGNS[sizes.pop("block")]
+    text_dim, text_length = sizes.pop("text_dim"), sizes.pop("text_length")
+    conditioner = None
+    if text_dim is not None:
+        key, text_key = jax.random.split(key)
+        conditioner = TextConditioner(
+            text_dim,
+            sizes["hidden_size"],
+            max_length=text_length,
+            # Without modulation the timestep is seen among the tokens or not at all.
+            timestep_token=not design.modulation,
+            key=text_key,
+        )
+    return DiT(
+        **sizes,
+        block=design.block,
+        final=design.final,
+        append_cond=design.append_cond,
+        conditioner=conditioner,
+        key=key,
+    )
 
 
 def num_params(config: str | Config) -> int:
@@ -103,25 +161,56 @@ def _is_shape(leaf: Any) -> bool:
 def num_macs(config: str | Config, height: int = 32, width: int = 32) -> int:
     """Multiply-adds of one forward pass of one example: what the paper prints as "Gflops".
 
-    Counted are the matrix products: patch embedding, timestep MLP, attention's projections and its
-    two products, MLPs, modulation and the final layer. Not counted are norms, softmax, activations,
-    element-wise work and table look-ups. A FLOP count as hardware vendors state it is twice this.
+    The sum of [`equidit.macs_by_part`][]. A FLOP count as hardware vendors state it is twice this.
+
+    ??? cite
+
+        Tables 1 and 4 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    """
+    return sum(macs_by_part(config, height, width).values())
+
+
+def macs_by_part(config: str | Config, height: int = 32, width: int = 32) -> dict[str, int]:
+    """Multiply-adds of one forward pass of one example, part by part.
+
+    Counted are the matrix products. Not counted are norms, softmax, activations, element-wise work
+    and table look-ups. [`equidit.count_macs`][] counts any function, from its program.
 
     **Arguments:**
 
     - `config`: a name in [`equidit.CONFIGS`][] or a [`equidit.Config`][].
     - `height`, `width`: of the network's input; 32 for the paper's 256x256 images.
 
-    ??? cite
+    **Returns:**
 
-        Tables 1 and 4 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    The counts of `"patch embedding"`, `"conditioning"` (timestep MLP and, with prompts, the text's
+    maps), `"attention projections"`, `"attention products"` (queries with keys, weights with
+    values), `"mlp"`, `"modulation"` (of the blocks) and `"final"`.
     """
     c = _resolve(config)
+    design = _DESIGNS[c.block]
+    d = c.hidden_size
     rows, columns = grid_of(height, width, c.patch_size)
-    n, d = rows * columns, c.hidden_size
+    image = rows * columns
     patch = c.patch_size**2 * c.in_channels
-    attention = 4 * d * d * n + 2 * n * n * d
-    mlp = 2 * d * int(d * c.mlp_ratio) * n
-    block = attention + mlp + 6 * d * d
-    final = 2 * d * d + d * patch * (2 if c.learn_sigma else 1) * n
-    return patch * d * n + (256 * d + d * d) + c.depth * block + final
+    conditioning = 256 * d + d * d
+    if c.text_dim is None:
+        context = 1 if c.num_classes is None else 2
+    else:
+        context = c.text_length + (not design.modulation)
+        conditioning += c.text_length * (c.text_dim * d + d * d) + d * d
+    n = image + context if design.append_cond else image
+    projections, products = 4 * d * d * n, 2 * n * n * d
+    if design.cross:
+        projections += 2 * d * d * (n + context)
+        products += 2 * n * context * d
+    final = d * patch * (2 if c.learn_sigma else 1) * image
+    return {
+        "patch embedding": patch * d * image,
+        "conditioning": conditioning,
+        "attention projections": c.depth * projections,
+        "attention products": c.depth * products,
+        "mlp": c.depth * 2 * d * int(d * c.mlp_ratio) * n,
+        "modulation": c.depth * design.modulation * d * d,
+        "final": final + (2 * d * d if design.final is FinalLayer else 0),
+    }

@@ -10,7 +10,7 @@ from goldens import NETWORKS, diffusion_errors, network_errors
 from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
 
 import equidit as edt
-from equidit import _layers, diffusion as dfn
+from equidit import _conditioning, diffusion as dfn
 
 
 def _network_fails() -> bool:
@@ -37,9 +37,9 @@ def test_head_count():
 
 
 def test_sin_before_cos(monkeypatch):
-    right = _layers.timestep_features
+    right = _conditioning.timestep_features
     monkeypatch.setattr(
-        _layers, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
+        _conditioning, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
     )
     assert _network_fails()
 

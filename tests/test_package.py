@@ -13,7 +13,16 @@ PACKAGE = Path(edt.__file__).parent
 CORE = {"jax", "equinox", "optax", "jaxtyping", "beartype", "einops", "numpy"}
 BASE = {"_common", "_types"}
 # Lower floors first; the three towers stand side by side on `BASE`.
-NETWORK = ["_ops", "_layers", "_blocks", "_dit", "configs"]
+NETWORK = [
+    "_ops",
+    "_layers",
+    "_conditioning",
+    "_blocks",
+    "_stack",
+    "_dit",
+    "configs",
+    "_counting",
+]
 PROCESS = ["diffusion", "guidance"]
 TRAINING = ["train", "checkpoint", "data", "metrics"]
 TOP = ["_report", "_run", "cli", "__main__"]

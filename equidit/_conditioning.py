@@ -1,0 +1,202 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ._common import check_positive
+from ._layers import Linear, normal_02
+from ._ops import timestep_features
+from ._types import Conditioning
+
+Prompt = tuple[Float[Array, "length text_dim"], Bool[Array, " length"]]
+
+
+class TimestepEmbedder(eqx.Module):
+    """Sinusoidal features of the timestep through a two-layer SiLU MLP."""
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray):
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(256, dim, init=normal_02, key=up_key)
+        self.down = Linear(dim, dim, init=normal_02, key=down_key)
+
+    def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " dim"]:
+        features = timestep_features(t, 256).astype(self.up.weight.dtype)
+        return self.down(jax.nn.silu(self.up(features)))
+
+
+class LabelEmbedder(eqx.Module):
+    """A table with a row a class and one more, the last, for the null label of guidance."""
+
+    table: Float[Array, "classes dim"]
+
+    def __init__(self, num_classes: int, dim: int, *, key: PRNGKeyArray):
+        check_positive(num_classes=num_classes, dim=dim)
+        self.table = normal_02(key, (num_classes + 1, dim))
+
+    @property
+    def null(self) -> int:
+        """The null label: the number of classes."""
+        return self.table.shape[0] - 1
+
+    def __call__(self, label: Int[Array, ""]) -> Float[Array, " dim"]:
+        """**Arguments:**
+
+        - `label`: 0 to `num_classes - 1`, or `null`.
+
+        **Returns:**
+
+        Its row. A label outside the table gives NaN: never, as plain indexing would, another
+        class. Check labels on the host, where they are known.
+        """
+        return self.table.at[label].get(
+            mode="fill", fill_value=float("nan"), wrap_negative_indices=False
+        )
+
+
+class TextEmbedder(eqx.Module):
+    """A prompt, as the hidden states of a text encoder, in the model's hidden size.
+
+    ??? cite
+
+        The learned null prompt and the two-layer map are those of
+        [Chen et al. 2023](https://arxiv.org/abs/2310.00426), section 2.3; the pooled vector
+        beside the tokens as in [Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 4.
+    """
+
+    null: Float[Array, "max_length text_dim"]
+    up: Linear
+    down: Linear
+    pooled: Linear
+
+    def __init__(self, text_dim: int, dim: int, *, max_length: int = 77, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `text_dim`: size of the text encoder's states: 768 for CLIP ViT-L/14, 4096 for T5-XXL.
+        - `dim`: the model's hidden size.
+        - `max_length`: of a prompt, in tokens: 77 for CLIP.
+        - `key`: initialises the weights.
+        """
+        check_positive(text_dim=text_dim, dim=dim, max_length=max_length)
+        null_key, up_key, down_key, pooled_key = jax.random.split(key, 4)
+        self.null = normal_02(null_key, (max_length, text_dim))
+        self.up = Linear(text_dim, dim, init=normal_02, key=up_key)
+        self.down = Linear(dim, dim, init=normal_02, key=down_key)
+        self.pooled = Linear(dim, dim, init=normal_02, key=pooled_key)
+
+    def __call__(
+        self, embeddings: Float[Array, "length text_dim"], mask: Bool[Array, " length"]
+    ) -> Conditioning:
+        """**Arguments:**
+
+        - `embeddings`: states of up to `max_length` tokens (`ValueError` beyond). Whatever dtype.
+        - `mask`: which of them are the prompt rather than padding; what the others hold does not
+            matter. All `False` is the null prompt, and is replaced by the learned one.
+
+        **Returns:**
+
+        `max_length` tokens, whatever the length given, with the mask of those that count; and as
+        vector a linear map of their mean.
+        """
+        length, max_length = embeddings.shape[0], self.null.shape[0]
+        if length > max_length:
+            raise ValueError(
+                f"the prompt has length={length}, beyond max_length={max_length}: truncate it, "
+                "or make the network with a larger max_length (text_length of a Config)"
+            )
+        padding = max_length - length
+        states = jnp.pad(embeddings.astype(self.null.dtype), ((0, padding), (0, 0)))
+        mask = jnp.pad(mask, (0, padding))
+        states = jnp.where(mask.any(), states, self.null)
+        mask = jnp.where(mask.any(), mask, True)
+        states = jnp.where(mask[:, None], states, jnp.zeros_like(states))
+        tokens = self.down(jax.nn.gelu(self.up(states), approximate=True))
+        share = mask.astype(jnp.float32) / mask.sum(dtype=jnp.float32)
+        mean = (share[:, None].astype(tokens.dtype) * tokens).sum(axis=0)
+        return Conditioning(self.pooled(mean), tokens, mask)
+
+
+class LabelConditioner(eqx.Module):
+    """The paper's conditioning: `conditioner(t, label)` from a timestep and a class label."""
+
+    timestep: TimestepEmbedder
+    label: LabelEmbedder
+
+    @property
+    def null(self) -> int:
+        """The null label: the number of classes."""
+        return self.label.null
+
+    def __init__(self, num_classes: int, dim: int, *, key: PRNGKeyArray):
+        timestep_key, label_key = jax.random.split(key)
+        self.timestep = TimestepEmbedder(dim, key=timestep_key)
+        self.label = LabelEmbedder(num_classes, dim, key=label_key)
+
+    def __call__(self, t: Float[Array, ""] | Int[Array, ""], label: Int[Array, ""]) -> Conditioning:
+        t_embedding, label_embedding = self.timestep(t), self.label(label)
+        return Conditioning(
+            vector=t_embedding + label_embedding,
+            tokens=jnp.stack([t_embedding, label_embedding]),
+        )
+
+
+class TimestepConditioner(eqx.Module):
+    """Conditioning of an unconditional model: `conditioner(t, None)`."""
+
+    timestep: TimestepEmbedder
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray):
+        self.timestep = TimestepEmbedder(dim, key=key)
+
+    def __call__(self, t: Float[Array, ""] | Int[Array, ""], cond: None = None) -> Conditioning:
+        embedding = self.timestep(t)
+        return Conditioning(vector=embedding, tokens=embedding[None])
+
+
+class TextConditioner(eqx.Module):
+    """Conditioning on text: `conditioner(t, (embeddings, mask))`, see [`equidit.TextEmbedder`][].
+
+    The vector is timestep + pooled prompt; the tokens are the prompt's.
+    """
+
+    timestep: TimestepEmbedder
+    text: TextEmbedder
+    timestep_token: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        text_dim: int,
+        dim: int,
+        *,
+        max_length: int = 77,
+        timestep_token: bool = False,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `text_dim`, `dim`, `max_length`: see [`equidit.TextEmbedder`][].
+        - `timestep_token`: whether the timestep is a token too, the first: for blocks that read the
+            tokens alone.
+        - `key`: initialises the weights.
+        """
+        timestep_key, text_key = jax.random.split(key)
+        self.timestep = TimestepEmbedder(dim, key=timestep_key)
+        self.text = TextEmbedder(text_dim, dim, max_length=max_length, key=text_key)
+        self.timestep_token = timestep_token
+
+    @property
+    def null(self) -> Prompt:
+        """The null prompt, for `drop_label` and `guide`: one token that is masked."""
+        return jnp.zeros((1, self.text.null.shape[1])), jnp.zeros(1, bool)
+
+    def __call__(self, t: Float[Array, ""] | Int[Array, ""], prompt: Prompt) -> Conditioning:
+        timestep, text = self.timestep(t), self.text(*prompt)
+        tokens, mask = text.tokens, text.mask
+        assert tokens is not None
+        assert mask is not None
+        if self.timestep_token:
+            tokens = jnp.concatenate([timestep[None], tokens])
+            mask = jnp.concatenate([jnp.ones(1, bool), mask])
+        return Conditioning(timestep + text.vector, tokens, mask)

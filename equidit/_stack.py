@@ -1,0 +1,96 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._common import check_positive
+from ._types import Conditioning
+
+_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class Stack(eqx.Module):
+    """A stack of equal blocks, itself a block: one compiled body, scanned over the depth.
+
+    Blocks may be any modules. Their arrays are stacked along a new first axis; all else must be
+    the same in every block. A block that changes the tokens' shape or dtype is an error that names
+    its class.
+    """
+
+    blocks: Any
+    depth: int = eqx.field(static=True)
+    remat: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        make_block: Callable[..., Any],
+        depth: int,
+        *,
+        remat: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `make_block`: called as `make_block(key=key)`, once for every block.
+        - `depth`: number of blocks, at least 1.
+        - `remat`: what the backward pass computes again rather than remember: `None` nothing;
+            `"dots"` all but the results of weight matrix products (half the memory at about the
+            speed of `None`); `"full"` everything but each block's input.
+        - `key`: split over the blocks.
+        """
+        check_positive(depth=depth)
+        if remat is not None and remat not in _REMAT_POLICIES:
+            raise ValueError(f"remat={remat!r} is unknown: choose None, {_names(_REMAT_POLICIES)}")
+        self.blocks = eqx.filter_vmap(lambda k: make_block(key=k))(jax.random.split(key, depth))
+        self.depth = depth
+        self.remat = remat
+
+    def __call__(
+        self, tokens: Float[Array, "tokens dim"], cond: Conditioning
+    ) -> Float[Array, "tokens dim"]:
+        stacked, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
+            block = eqx.combine(arrays, static)
+            return _checked(block, block(tokens, cond), tokens), None
+
+        if self.remat is not None:
+            # The barriers against merging that prevent_cse adds are needless inside a scan.
+            policy = _REMAT_POLICIES[self.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.lax.scan(body, tokens, stacked)[0]
+
+    def unstack(self) -> list[Any]:
+        """The blocks one by one, for a loop of your own. The hidden states after every block of a
+        [`equidit.DiT`][], for probing or for losses on them:
+
+        ```python
+        tokens, conditioning = network.embed(x, t, cond)
+        hidden = []
+        for block in network.blocks.unstack():
+            tokens = block(tokens, conditioning)
+            hidden.append(tokens)
+        ```
+        """
+        stacked, static = eqx.partition(self.blocks, eqx.is_array)
+        take = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
+        return [eqx.combine(arrays, static) for arrays in take]
+
+
+def _checked(block: Any, out: Any, tokens: Array) -> Array:
+    if not eqx.is_array(out) or (out.shape, out.dtype) != (tokens.shape, tokens.dtype):
+        found = f"{out.dtype}{list(out.shape)}" if eqx.is_array(out) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"a block must keep the tokens' shape and dtype, {tokens.dtype}{list(tokens.shape)}, "
+            f"but {type(block).__name__} returned {found}"
+        )
+    return out
+
+
+def _names(table: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in table)
