@@ -8,28 +8,29 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .common import write
 
 
+def train(*options: str | int) -> dict[str, Any]:
+    """The figures of one `equidit train digits` run, and its wall time."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "digits"
+        command = [sys.executable, "-m", "equidit", "train", "digits", "--out", str(out)]
+        start = time.perf_counter()
+        subprocess.run([*command, *map(str, options)], check=True)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds} | json.loads(out.joinpath("report.json").read_text())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `equidit train digits` once a seed, prints a table and writes the JSON."""
+    """Trains once a seed, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)
 
-    rows = []
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "digits"
-            command = [sys.executable, "-m", "equidit", "train", "digits"]
-            start = time.perf_counter()
-            subprocess.run([*command, "--seed", str(seed), "--out", str(out)], check=True)
-            seconds = time.perf_counter() - start
-            rows.append(
-                {"seed": seed, "seconds": seconds}
-                | json.loads(out.joinpath("report.json").read_text())
-            )
+    rows = [{"seed": seed} | train("--seed", seed) for seed in options.seeds]
     path = write("digits", {"results": rows})
     print(
         "| seed | wall time | accuracy | Frechet / floor | nearest / held out | validation loss |"

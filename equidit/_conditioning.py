@@ -101,6 +101,11 @@ class TextEmbedder(eqx.Module):
         vector a linear map of their mean.
         """
         length, max_length = embeddings.shape[0], self.null.shape[0]
+        if embeddings.shape[1] != self.null.shape[1]:
+            raise ValueError(
+                f"the prompt's states have text_dim={embeddings.shape[1]}, but the network was "
+                f"made for text_dim={self.null.shape[1]}"
+            )
         if length > max_length:
             raise ValueError(
                 f"the prompt has length={length}, beyond max_length={max_length}: truncate it, "

@@ -19,8 +19,33 @@ from equidit import diffusion as dfn
 DATA = Path(__file__).parent / "data"
 PAPER = json.loads((DATA / "paper.json").read_text())
 
-BLOCKS: dict[str, Callable[..., Any]] = {"adaln-zero": edt.AdaLNZeroBlock}
-IDENTITY_AT_INIT = {"adaln-zero"}
+BLOCKS: dict[str, Callable[..., Any]] = {
+    "adaln-zero": edt.AdaLNZeroBlock,
+    "adaln": edt.AdaLNBlock,
+    "cross-attention": edt.CrossAttentionBlock,
+    "in-context": edt.InContextBlock,
+    "text-cross-attention": edt.TextCrossAttentionBlock,
+    "qk-norm": partial(edt.AdaLNZeroBlock, attention=partial(edt.Attention, qk_norm=edt.RMSNorm)),
+    "rotary": partial(edt.AdaLNZeroBlock, attention=partial(edt.Attention, rotary=edt.rotary_2d)),
+    "rms-swiglu": partial(edt.AdaLNZeroBlock, norm=edt.rms_norm, mlp=edt.SwiGLU),
+    "in-context-variant": partial(
+        edt.InContextBlock,
+        attention=partial(edt.Attention, qk_norm=edt.LayerNorm, rotary=edt.rotary_2d),
+        norm=edt.RMSNorm,
+        mlp=edt.SwiGLU,
+    ),
+}
+IDENTITY_AT_INIT = {
+    "adaln-zero",
+    "text-cross-attention",
+    "qk-norm",
+    "rotary",
+    "rms-swiglu",
+}
+# What a block reads of its conditioning, beside positions.
+READS_VECTOR = set(BLOCKS) - {"cross-attention", "in-context", "in-context-variant"}
+READS_TOKENS = {"cross-attention", "text-cross-attention"}
+PAPER_BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 STEPS: dict[str, Callable[..., Any]] = {
     "ddpm-learned": partial(dfn.ddpm_step, variance="learned"),
     "ddpm-small": partial(dfn.ddpm_step, variance="small"),

@@ -7,22 +7,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import BLOCKS, IDENTITY_AT_INIT, check_fields, images, randomize, tree_allclose
+from helpers import (
+    BLOCKS,
+    IDENTITY_AT_INIT,
+    READS_TOKENS,
+    READS_VECTOR,
+    check_fields,
+    images,
+    randomize,
+    tree_allclose,
+)
+from jax.sharding import AxisType, PartitionSpec
 
 import equidit as edt
 
 DIM, HEADS, DEPTH = 32, 4, 3
-TOKENS = images(5, (6, DIM))
-VECTORS = images(5, (DIM,), seed=2)
-MATRICES = images(5, (2, DIM), seed=3)
+TOKENS = images(8, (6, DIM))
+VECTORS = images(8, (DIM,), seed=2)
+MATRICES = images(8, (2, DIM), seed=3)
+POSITIONS = jnp.asarray([[0.0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
 
 
-def conditioning(vector, tokens):
-    return edt.Conditioning(vector, tokens)
+def conditioning(vector, tokens, positions=POSITIONS):
+    return edt.Conditioning(vector, tokens, positions=positions)
 
 
 COND = conditioning(VECTORS[0], MATRICES[0])
 every_block = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+every_name = pytest.mark.parametrize("name", BLOCKS)
 
 
 def new(make, seed=1):
@@ -50,11 +62,11 @@ def test_leaves_are_float_arrays_of_the_stated_shapes(make):
     assert all(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(new(make)))
 
 
-@every_block
-def test_identity_at_initialisation(make):
-    block = make(DIM, HEADS, key=jax.random.key(0))
+@every_name
+def test_identity_at_initialisation(name):
+    block = BLOCKS[name](DIM, HEADS, key=jax.random.key(0))
     unchanged = tree_allclose(block(TOKENS[0], COND), TOKENS[0])
-    assert unchanged == (make in [BLOCKS[name] for name in IDENTITY_AT_INIT])
+    assert unchanged == (name in IDENTITY_AT_INIT)
 
 
 @every_block
@@ -72,17 +84,49 @@ def test_jit_equals_eager(make):
     assert tree_allclose(jitted, block(TOKENS[0], COND), 1e-5)
 
 
-@every_block
-def test_reads_its_conditioning(make):
-    block = new(make)
-    other = conditioning(VECTORS[1], MATRICES[1])
-    assert not tree_allclose(block(TOKENS[0], COND), block(TOKENS[0], other), 1e-2)
+@every_name
+def test_reads_its_conditioning(name):
+    block = new(BLOCKS[name])
+    for reads, other in (
+        (name in READS_VECTOR, conditioning(VECTORS[1], MATRICES[0])),
+        (name in READS_TOKENS, conditioning(VECTORS[0], MATRICES[1])),
+    ):
+        same = tree_allclose(block(TOKENS[0], COND), block(TOKENS[0], other), 1e-6)
+        assert same != reads
 
 
 @every_block
 def test_is_equivariant_to_the_order_of_tokens(make):
     block, order = new(make), jnp.asarray([3, 0, 5, 1, 4, 2])
-    assert tree_allclose(block(TOKENS[0][order], COND), block(TOKENS[0], COND)[order], 1e-5)
+    moved = conditioning(VECTORS[0], MATRICES[0], POSITIONS[order])
+    assert tree_allclose(block(TOKENS[0][order], moved), block(TOKENS[0], COND)[order], 1e-5)
+
+
+@every_name
+def test_only_rotary_blocks_read_positions(name):
+    block = new(BLOCKS[name])
+    other = conditioning(VECTORS[0], MATRICES[0], 2 * POSITIONS)
+    same = tree_allclose(block(TOKENS[0], COND), block(TOKENS[0], other), 1e-6)
+    assert same == (name not in {"rotary", "in-context-variant"})
+
+
+@every_block
+def test_devices_do_not_matter(make):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    layers = stack(make, remat="dots")
+
+    def mean(layers, x, v, m):
+        out = jax.vmap(lambda x, v, m: layers(x, conditioning(v, m)))(x, v, m)
+        return jnp.square(out).mean()
+
+    def shared(layers, x, v, m):
+        return jax.lax.pmean(mean(layers, x, v, m), "data")
+
+    data = (TOKENS, VECTORS, MATRICES)
+    specs = (PartitionSpec(), *[PartitionSpec("data")] * 3)
+    gradient = jax.shard_map(jax.grad(shared), mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    alone = jax.jit(jax.grad(mean))(layers, *data)
+    assert tree_allclose(alone, jax.jit(gradient)(layers, *data), 1e-5)
 
 
 @every_block
@@ -139,6 +183,83 @@ def test_is_deterministic_and_compiles_once_whatever_the_depth(make):
     assert size(2) == size(9)
 
 
+def layer_norm64(x, module=None):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x if module is None else x * module.scale + module.shift
+
+
+def attention64(module, x, context=None):
+    weight, bias = np.asarray(module.qkv.weight, np.float64), np.asarray(module.qkv.bias)
+    context = x if context is None else context
+    sources = (x, context, context)
+    q, k, v = (
+        (source @ weight[i * DIM : (i + 1) * DIM].T + bias[i * DIM : (i + 1) * DIM]).reshape(
+            len(source), HEADS, -1
+        )
+        for i, source in enumerate(sources)
+    )
+    logits = np.einsum("thd,shd->hts", q, k) / np.sqrt(DIM / HEADS)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    out = np.einsum("hts,shd->thd", weights, v).reshape(len(x), DIM)
+    return out @ np.asarray(module.out.weight, np.float64).T + module.out.bias
+
+
+def mlp64(module, x):
+    h = x @ np.asarray(module.up.weight, np.float64).T + module.up.bias
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return h @ np.asarray(module.down.weight, np.float64).T + module.down.bias
+
+
+def modulation64(block):
+    silu = np.asarray(VECTORS[0], np.float64)
+    silu = silu / (1 + np.exp(-silu))
+    weight = np.asarray(block.modulation.weight, np.float64)
+    return (weight @ silu + block.modulation.bias).reshape(-1, DIM)
+
+
+@pytest.mark.parametrize("name", ["adaln", "cross-attention", "in-context", "text-cross-attention"])
+def test_is_the_formula(name):
+    """The layouts of the paper's table, in NumPy and float64."""
+    block = randomize(BLOCKS[name](DIM, HEADS, key=jax.random.key(0)), scale=0.3)
+    x, context = np.asarray(TOKENS[0], np.float64), np.asarray(MATRICES[0], np.float64)
+    if name == "adaln":
+        shift_a, scale_a, shift_m, scale_m = modulation64(block)
+        x = x + attention64(block.attention, layer_norm64(x) * (1 + scale_a) + shift_a)
+        x = x + mlp64(block.mlp, layer_norm64(x) * (1 + scale_m) + shift_m)
+    elif name == "text-cross-attention":
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation64(block)
+        x = x + gate_a * attention64(block.attention, layer_norm64(x) * (1 + scale_a) + shift_a)
+        x = x + attention64(block.cross, layer_norm64(x), context)
+        x = x + gate_m * mlp64(block.mlp, layer_norm64(x) * (1 + scale_m) + shift_m)
+    else:
+        x = x + attention64(block.attention, layer_norm64(x, block.norm_attention))
+        if name == "cross-attention":
+            x = x + attention64(block.cross, layer_norm64(x, block.norm_cross), context)
+        x = x + mlp64(block.mlp, layer_norm64(x, block.norm_mlp))
+    assert tree_allclose(x, block(TOKENS[0], COND), 2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(READS_TOKENS))
+def test_masked_tokens_do_not_matter(name):
+    block = new(BLOCKS[name])
+    mask = jnp.asarray([True, False])
+    masked = edt.Conditioning(VECTORS[0], MATRICES[0], mask)
+    alone = edt.Conditioning(VECTORS[0], MATRICES[0][:1])
+    assert tree_allclose(block(TOKENS[0], masked), block(TOKENS[0], alone), 1e-6)
+    assert not tree_allclose(block(TOKENS[0], masked), block(TOKENS[0], COND), 1e-3)
+    with pytest.raises(ValueError, match="conditioner gave none"):
+        block(TOKENS[0], edt.Conditioning(VECTORS[0]))
+
+
+def test_in_context_masks_the_appended_tokens():
+    block = new(edt.InContextBlock)
+    both = jnp.concatenate([TOKENS[0], MATRICES[0]])
+    masked = edt.Conditioning(VECTORS[0], MATRICES[0], jnp.asarray([True, False]))
+    alone = edt.Conditioning(VECTORS[0], MATRICES[0][:1])
+    assert tree_allclose(block(both, masked)[:7], block(both[:7], alone), 1e-6)
+
+
 def test_stack_takes_any_module():
     class Mine(eqx.Module):
         mlp: eqx.nn.MLP
@@ -167,6 +288,29 @@ def test_remat_recomputes():
         return str(jax.make_jaxpr(gradient)(layers)).count("dot_general")
 
     assert saved(None) < saved("dots") < saved("full")
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (lambda tokens: tokens[:, :-1], ["float32[6, 32]", "Mine returned float32[6, 31]"]),
+        (lambda tokens: tokens.astype(jnp.bfloat16), ["Mine returned bfloat16[6, 32]"]),
+        (lambda tokens: (tokens, None), ["Mine returned a tuple"]),
+    ],
+)
+def test_a_block_that_changes_the_shape_is_named(out, words):
+    class Mine(eqx.Module):
+        weight: jax.Array
+
+        def __init__(self, *, key):
+            self.weight = jax.random.normal(key, (DIM,))
+
+        def __call__(self, tokens, cond):
+            return out(tokens)
+
+    with pytest.raises(ValueError, match="keep the tokens' shape") as error:
+        edt.Stack(Mine, 2, key=jax.random.key(0))(TOKENS[0], COND)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import images, tiny, tree_allclose
+from helpers import PAPER_BLOCKS, images, randomize, tiny, tree_allclose
 from jaxtyping import TypeCheckError
 
 import equidit as edt
@@ -20,6 +20,51 @@ def test_any_size_and_channels(shape, learn_sigma):
     assert isinstance(network, edt.Network)
 
 
+every_paper_block = pytest.mark.parametrize("block", PAPER_BLOCKS)
+
+
+def paper_network(block, **sizes):
+    config = edt.Config(2, 32, 2, 4, in_channels=1, num_classes=10, block=block, **sizes)
+    return randomize(edt.build(config, key=jax.random.key(0)))
+
+
+@every_paper_block
+def test_every_design_reads_time_and_label(block):
+    network, x = paper_network(block), images(1)[0]
+    out = network(x, T, LABEL)
+    assert out.shape == (2, 8, 8)
+    assert not tree_allclose(out, network(x, T, jnp.asarray(4)), 1e-4)
+    assert not tree_allclose(out, network(x, jnp.asarray(900), LABEL), 1e-4)
+    zero = edt.build(edt.Config(2, 32, 2, 4, 1, 10, block=block), key=jax.random.key(0))
+    assert (zero(x, T, LABEL) == 0).all()
+
+
+@every_paper_block
+def test_hidden_states_of_a_loop_over_the_blocks(block):
+    network, x = paper_network(block), images(1)[0]
+    tokens, conditioning = network.embed(x, T, LABEL)
+    appended = 2 if block == "in-context" else 0
+    assert tokens.shape == (16 + appended, 32)
+    hidden = []
+    for layer in network.blocks.unstack():
+        tokens = layer(tokens, conditioning)
+        hidden.append(tokens)
+    patches = network.final(hidden[-1][:16], conditioning)
+    assert tree_allclose(edt.unpatchify(patches, 2, (4, 4)), network(x, T, LABEL), 1e-5)
+
+
+def test_in_context_appends_time_and_label_at_position_0():
+    network, x = paper_network("in-context"), images(1)[0]
+    tokens, conditioning = network.embed(x, T, LABEL)
+    cond = network.conditioner(T, LABEL)
+    assert tree_allclose(tokens[16:], cond.tokens)
+    assert (conditioning.positions[16:] == 0).all()
+    assert conditioning.positions[15].tolist() == [3, 3]
+    none = eqx.tree_at(lambda n: n.conditioner, network, lambda t, c: edt.Conditioning(cond.vector))
+    with pytest.raises(ValueError, match="conditioner gave none"):
+        none(x, T, LABEL)
+
+
 def test_vmap_equals_loop_and_jit_equals_eager():
     network, x = tiny(), images(4)
     t, label = jnp.asarray([0.0, 3, 500, 999]), jnp.asarray([0, 5, 9, 10])
@@ -33,11 +78,12 @@ def test_zero_at_initialisation():
     assert (network(images(1)[0], T, LABEL) == 0).all()
 
 
-def test_every_leaf_is_a_float_array_and_learns():
-    network, x = tiny(), images(11)
+@every_paper_block
+def test_every_leaf_is_a_float_array_and_learns(block):
+    network, x = paper_network(block), images(11)
     t, label = jnp.linspace(0, 999, 11), jnp.arange(11)
     loss = lambda n: jnp.square(jax.vmap(n)(x, t, label)).mean()  # noqa: E731
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(network)):
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(network)):
         assert eqx.is_inexact_array(grad)
         assert (np.abs(grad).reshape(len(grad), -1).max(axis=1) > 0).all(), path
 

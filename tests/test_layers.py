@@ -106,3 +106,81 @@ def test_conditioner_tokens_are_timestep_and_label():
     assert tree_allclose(cond.tokens[0], conditioner.timestep(t))
     assert tree_allclose(cond.tokens[1], conditioner.label(label))
     assert tree_allclose(cond.vector, cond.tokens.sum(axis=0), 1e-6)
+
+
+def test_norms():
+    x = images(1, (3, 8))[0] + 2
+    y = np.asarray(x, np.float64)
+    rms = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + 1e-6)
+    assert tree_allclose(rms, edt.rms_norm(x), 1e-6)
+    centred = y - y.mean(-1, keepdims=True)
+    ln = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)
+    for make, plain in ((edt.LayerNorm, ln), (edt.RMSNorm, rms)):
+        assert tree_allclose(plain, make(8)(x), 1e-6)
+        module = randomize(make(8), scale=1.0)
+        check_fields(module)
+        expected = plain * np.asarray(module.scale) + np.asarray(getattr(module, "shift", 0.0))
+        assert tree_allclose(expected, module(x), 1e-6)
+        low = edt.cast(module, jnp.bfloat16)(x.astype(jnp.bfloat16))
+        assert low.dtype == jnp.bfloat16
+
+
+def test_swiglu():
+    layer, x = randomize(edt.SwiGLU(8, 16, key=jax.random.key(0))), images(1, (3, 8))[0]
+    gate = np.asarray(layer.gate(x), np.float64)
+    expected = layer.down(jnp.asarray(gate / (1 + np.exp(-gate)) * layer.up(x), jnp.float32))
+    assert tree_allclose(expected, layer(x), 1e-6)
+
+
+def test_qk_norm_bounds_the_logits():
+    layer = attention(qk_norm=edt.RMSNorm)
+    seen = []
+
+    def spy(query, key, value, *, mask=None):
+        seen.extend([query, key])
+        return value
+
+    layer = attention(qk_norm=edt.RMSNorm, attend=spy)
+    layer(1000 * images(1, (5, 16))[0])
+    for x, norm in zip(seen, (layer.q_norm, layer.k_norm), strict=True):
+        assert x.shape == (5, 2, 8)
+        squares = jnp.square(x / norm.scale[None, None]).mean(axis=-1)
+        assert tree_allclose(squares, jnp.ones((5, 2)), 1e-5)
+    assert not tree_allclose(layer.q_norm.scale, layer.k_norm.scale, 0.1)
+
+
+def test_rotary_depends_on_differences_alone():
+    q, k = images(2, (6, 2, 8))
+    grid = jnp.asarray([[i // 3, i % 3] for i in range(6)], jnp.float32)
+
+    def products(p):
+        return jnp.einsum("thd,shd->hts", edt.rotary_2d(q, p), edt.rotary_2d(k, p))
+
+    assert tree_allclose(products(grid), products(grid + jnp.asarray([[5.0, 7.0]])), 1e-5)
+    assert not tree_allclose(products(grid), products(2 * grid), 1e-2)
+    # Rows and columns are told apart, lengths are kept, and (0, 0) is not turned.
+    assert not tree_allclose(products(grid), products(grid[:, ::-1]), 1e-2)
+    turned = edt.rotary_2d(q, grid)
+    assert tree_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(q, axis=-1), 1e-6)
+    assert tree_allclose(turned[0], q[0])
+    assert edt.rotary_2d(q.astype(jnp.bfloat16), grid).dtype == jnp.bfloat16
+
+
+def test_rotary_is_the_formula():
+    """Pair i of the first half is the complex number that turns by column * theta^(-i/quarter)."""
+    x, positions = images(1, (4, 1, 8))[0], images(1, (4, 2), seed=2)[0]
+    y, p = np.asarray(x, np.float64), np.asarray(positions, np.float64)
+    expected = np.empty_like(y)
+    for half, position in ((slice(0, 4), p[:, 1]), (slice(4, 8), p[:, 0])):
+        pairs = y[..., half][..., :2] + 1j * y[..., half][..., 2:]
+        pairs = pairs * np.exp(1j * position[:, None, None] * 100.0 ** (-np.arange(2) / 2))
+        expected[..., half] = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    assert tree_allclose(expected, edt.rotary_2d(x, positions, theta=100), 1e-6)
+
+
+def test_bad_rotary():
+    with pytest.raises(ValueError, match="head_dim=5 must be a multiple of 4"):
+        edt.rotary_2d(jnp.ones((3, 2, 5)), jnp.ones((3, 2)))
+    layer = attention(rotary=edt.rotary_2d)
+    with pytest.raises(ValueError, match="needs positions"):
+        layer(images(1, (5, 16))[0])

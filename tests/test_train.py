@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import difference, images, tiny, tree_allclose
+from helpers import PAPER_BLOCKS, difference, images, randomize, tiny, tree_allclose
 from jax.sharding import AxisType, Mesh
 
 import equidit as edt
@@ -70,6 +70,16 @@ def test_one_step_is_sgd_on_the_mean_loss(reference):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_devices_do_not_matter(reference, devices):
     assert difference(reference, run(mesh=mesh(devices))) < ORDER
+
+
+@pytest.mark.parametrize("block", PAPER_BLOCKS)
+def test_devices_do_not_matter_for_any_design(block):
+    config = edt.Config(4, 16, 2, 2, in_channels=1, num_classes=10, block=block)
+    one, eight = (
+        run(network=randomize(edt.build(config, key=KEY)), mesh=shared)
+        for shared in (None, mesh(8))
+    )
+    assert difference(one, eight) < ORDER
 
 
 def test_device_order_changes_nothing():
