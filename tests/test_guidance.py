@@ -72,11 +72,11 @@ def test_cost_is_two_evaluations_or_one():
         calls.append(cond)
         return x
 
-    edt.guide(network, 2.0, None)(X[0], T[0], "cond")
-    assert calls == ["cond", None]
+    edt.guide(network, 2.0, 10)(X[0], T[0], 3)
+    assert calls == [3, 10]
     calls.clear()
-    edt.guide(network, 1, None)(X[0], T[0], "cond")
-    assert calls == ["cond"]
+    edt.guide(network, 1, 10)(X[0], T[0], 3)
+    assert calls == [3]
 
 
 def test_guidance_of_a_bfloat16_network():
