@@ -109,7 +109,7 @@ def test_checks_can_be_turned_off(monkeypatch):
     code = """
 import jax.numpy as jnp, equidit as edt
 try:
-    edt.layer_norm(jnp.ones((2, 3, 4)))
+    edt.modulate(jnp.ones((2, 3), int), jnp.ones(3), jnp.ones(3))
 except Exception as error:
     print(type(error).__name__)
 """
