@@ -25,12 +25,7 @@ X, T = images(1)[0], jnp.asarray(500)
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    # Hardly any of these programs runs twice.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
