@@ -131,8 +131,8 @@ def test_losses_draw_uniform_steps_and_their_own_noise():
 @pytest.mark.parametrize("loss", [dfn.hybrid_loss, dfn.rescaled_hybrid_loss])
 def test_rescaling_is_nothing_at_1000_steps(loss):
     network, x0 = tiny(), images(1)[0]
-    values = [f(network, FULL, x0, jnp.asarray(3), key=KEY) for f in (dfn.hybrid_loss, loss)]
-    assert tree_allclose(*values)
+    value, plain = (f(network, FULL, x0, jnp.asarray(3), key=KEY) for f in (loss, dfn.hybrid_loss))
+    assert tree_allclose(value, plain)
 
 
 def test_vlb_loss_teaches_mean_and_variance():
@@ -165,8 +165,9 @@ def test_bits_per_dim_of_a_gaussian_is_its_entropy(prediction):
         return jnp.concatenate([value, jnp.ones_like(value)])
 
     def bits(x0, key):
-        options = {"prediction": prediction, "likelihood": "latents"}
-        return dfn.bits_per_dim(network, FULL, x0, None, key=key, **options)
+        return dfn.bits_per_dim(
+            network, FULL, x0, None, key=key, prediction=prediction, likelihood="latents"
+        )
 
     result = jax.jit(jax.vmap(bits))(images(16, (1, 64, 64)), jax.random.split(KEY, 16))
     mean, error = mean_and_error(result.total)
@@ -200,8 +201,9 @@ def test_bits_per_dim_of_a_mixture():
         return jnp.concatenate([x0, jnp.ones_like(x0)])
 
     def bits(x0, key):
-        options = {"prediction": "x0", "likelihood": "latents"}
-        return dfn.bits_per_dim(network, FULL, x0, None, key=key, **options)
+        return dfn.bits_per_dim(
+            network, FULL, x0, None, key=key, prediction="x0", likelihood="latents"
+        )
 
     rng = np.random.default_rng(0)
     part = rng.choice(2, size=(16, 1, 64, 64), p=WEIGHTS)
@@ -299,6 +301,7 @@ def test_importance_sampling_in_a_training_loop():
 
     step = edt.make_train_step(loss, optimizer)
     state, sampler = edt.init_state(tiny(), optimizer), dfn.LossSecondMoment(schedule.steps)
+    metrics = {}
     for i in range(2):
         t, weight = sampler.sample(jax.random.key(i), 8)
         state, metrics = step(state, (images(8), jnp.arange(8), t, weight), KEY)
