@@ -1,7 +1,7 @@
 """What do guidance and the number of steps do to the digits?
 
-Trains the default run of `equidit train digits` (or takes the folder of one) and samples from it: by
-guidance scale, plain, in an interval of times, and rescaled; and by number of steps, DDIM and DDPM.
+Trains the default run of `equidit train digits` (or takes the folder of one) and samples from it:
+by guidance scale, plain, in an interval of times, and rescaled; and by steps, DDIM and DDPM.
 """
 
 import argparse
@@ -96,11 +96,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for i, (measure, text) in enumerate(measures.items()):
             panel = panels[i, 0 if axis == "scale" else 1]
             panel.plot([r[axis] for r in line], [r[measure] for r in line], ".-", label=name)
-            panel.set(ylabel=text, xscale="linear" if axis == "scale" else "log")
+            panel.set(ylabel=text, ylim=None if i else (0.95, 1.003), xlabel=label if i else None)
+            if axis == "steps":
+                panel.set_xscale("log")
+                panel.set_xticks(STEPS, STEPS, minor=False)
+                panel.minorticks_off()
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
-            if i:
-                panel.set(xlabel=label, yscale="log")
     figure.savefig(path)
 
 

@@ -80,7 +80,9 @@ class Guided(eqx.Module):
         kept, reference = with_cond[:channels], reference[:channels]
         guided = kept + (scale - 1) * (kept - reference)
         if self.rescale is not None:
-            ratio = upcast(kept).std() / upcast(guided).std()
+            deviation = upcast(guided).std()
+            # A new network predicts 0, which has no deviation to bring back.
+            ratio = jnp.where(deviation > 0, upcast(kept).std() / deviation, 1.0)
             guided = guided * (1 + self.rescale * (ratio - 1)).astype(guided.dtype)
         return jnp.concatenate([guided, with_cond[channels:]])
 

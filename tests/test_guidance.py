@@ -166,6 +166,8 @@ def test_rescale():
     assert tree_allclose(full.std(axes), cond.std(axes), 1e-5)
     assert tree_allclose((full + plain) / 2, half, 1e-5)
     assert (plain.std(axes) != cond.std(axes)).all()
+    new = edt.DiT(1, 2, 32, 2, 4, 10, key=jax.random.key(0))
+    assert (evaluate(edt.guide(new, 5.0, NULL, rescale=1.0)) == 0).all()
 
 
 def test_drop_label():
