@@ -281,7 +281,7 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
             stop = interrupts.requested or done == settings.steps
             save = stop or done % settings.sample_every == 0
             if save or done % settings.log_every == 0:
-                row = {name: float(value) for name, value in metrics.items()}
+                row = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
                 row["images_per_second"] = clock.rate()
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f}, gradient norm {row['grad_norm']:.3f}, "

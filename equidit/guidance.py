@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ._common import upcast
 from ._types import Network, Number, Scalar
 
 Cond = TypeVar("Cond")
@@ -19,7 +20,8 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
     **Arguments:**
 
     - `label`: the label, or any pytree of arrays.
-    - `null`: what stands for "none", of the same structure; for a class label `num_classes`.
+    - `null`: what stands for "none", of the same structure, else `ValueError`; for a class label
+        `num_classes`.
     - `probability`: of dropping, in [0, 1]; the paper's is 0.1.
     - `key`: of this example and this training step.
 
@@ -33,6 +35,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
     """
     if isinstance(probability, Number) and not 0 <= probability <= 1:
         raise ValueError(f"probability={probability} must lie in [0, 1]")
+    _check_structure(null, label)
     dropped = jax.random.bernoulli(key, probability)
     return jax.tree.map(lambda a, b: jnp.where(dropped, jnp.asarray(b, a.dtype), a), label, null)
 
@@ -43,6 +46,9 @@ class Guided(eqx.Module):
     network: Any
     scale: Float[Array, ""]
     null: PyTree
+    other: Any
+    interval: tuple[Float[Array, ""], Float[Array, ""]] | None
+    rescale: Float[Array, ""] | None
     channels: int | None = eqx.field(static=True)
 
     def __call__(
@@ -54,13 +60,31 @@ class Guided(eqx.Module):
         # Two calls rather than one doubled batch: the conditional one is then the same program as
         # without guidance, so that scale 1 is bit for bit the bare network.
         with_cond = self.network(x, t, cond)
-        without = self.network(x, t, self.null)
+        if self.interval is None:
+            return self._guided(with_cond, x, t, cond)
+        low, high = self.interval
+        time = upcast(jnp.asarray(t))
+        inside = (low <= time) & (time <= high)
+        return jax.lax.cond(inside, lambda: self._guided(with_cond, x, t, cond), lambda: with_cond)
+
+    def _guided(self, with_cond: Array, x: Array, t: Array, cond: PyTree) -> Array:
+        if self.other is None:
+            _check_structure(self.null, cond)
+            reference = self.network(x, t, self.null)
+        else:
+            reference = self.other(x, t, cond)
         channels = x.shape[0] if self.channels is None else self.channels
         if channels > with_cond.shape[0]:
             raise ValueError(f"channels={channels}, but the output has only {with_cond.shape[0]}")
         scale = self.scale.astype(with_cond.dtype)
-        guided = with_cond + (scale - 1) * (with_cond - without)
-        return jnp.concatenate([guided[:channels], with_cond[channels:]])
+        kept, reference = with_cond[:channels], reference[:channels]
+        guided = kept + (scale - 1) * (kept - reference)
+        if self.rescale is not None:
+            deviation = upcast(guided).std()
+            # A new network predicts 0, which has no deviation to bring back.
+            ratio = jnp.where(deviation > 0, upcast(kept).std() / deviation, 1.0)
+            guided = guided * (1 + self.rescale * (ratio - 1)).astype(guided.dtype)
+        return jnp.concatenate([guided, with_cond[channels:]])
 
 
 def guide(
@@ -69,18 +93,32 @@ def guide(
     null: PyTree,
     *,
     channels: int | None = None,
+    other: Network | None = None,
+    interval: tuple[Scalar, Scalar] | None = None,
+    rescale: Scalar | None = None,
 ) -> Any:
-    """A network steered away from the unconditional: `cond + (scale - 1) (cond - null)`.
+    """A network steered away from another prediction: `cond + (scale - 1) (cond - reference)`.
+
+    The reference is the network's own under the null conditioning (classifier-free guidance), or
+    a weaker network's (autoguidance).
 
     **Arguments:**
 
     - `network`: a [`equidit.Network`][].
-    - `scale`: 1 is no guidance, and as a Python number costs none: the network itself is returned.
-        Anything else costs two evaluations a call, one compiled program for every scale.
-    - `null`: the null conditioning, e.g. `num_classes`.
+    - `scale`: 1 is no guidance, and as a finite Python number costs none: the network itself is
+        returned. Anything else costs two evaluations a call, one compiled program for every scale.
+        For a scale a sample, call `guide` inside the function that is mapped.
+    - `null`: the null conditioning, e.g. `num_classes`; or a negative one, to be steered away from.
+        Of the structure of the conditioning, else `ValueError`.
     - `channels`: how many of the first output channels are guided; the others are the conditional
         ones. `None` is all channels of `x`, so that a learned variance is never extrapolated. The
         paper's tables guide 3 of 4 (3-channel scale 1.5 is about 4-channel 1.375).
+    - `other`: a smaller or less trained network that predicts the same. The reference is then
+        `other(x, t, cond)`, and `null` is not read.
+    - `interval`: the lowest and the highest time, in the network's units, at which to guide.
+        Outside only the conditional network is evaluated (where the time is not batched).
+    - `rescale`: from 0, none, to 1: how far the guided channels' standard deviation is brought
+        back to that of the conditional ones. About 0.7 is usual.
 
     **Returns:**
 
@@ -90,13 +128,37 @@ def guide(
 
         Equation 6 of [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598), whose w is
         `scale - 1`; section 3.1 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+        Autoguidance: [Karras et al. 2024](https://arxiv.org/abs/2406.02507). Interval:
+        [Kynkaanniemi et al. 2024](https://arxiv.org/abs/2404.07724). Rescaling: section 3.4 of
+        [Lin et al. 2023](https://arxiv.org/abs/2305.08891).
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} must be at least 1, or None for all")
     if isinstance(scale, Number) and not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
+    if isinstance(rescale, Number) and not 0 <= rescale <= 1:
+        raise ValueError(f"rescale={rescale} must lie in [0, 1]")
+    if interval is not None:
+        low, high = interval
+        if isinstance(low, Number) and isinstance(high, Number) and not low <= high:
+            raise ValueError(f"interval={interval} must be the lowest time, then the highest")
+        interval = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
     if isinstance(scale, Number) and scale == 1:
         return network
     return Guided(
-        network, jnp.asarray(scale, jnp.float32), jax.tree.map(jnp.asarray, null), channels
+        network,
+        jnp.asarray(scale, jnp.float32),
+        None if other is not None else jax.tree.map(jnp.asarray, null),
+        other,
+        interval,
+        None if rescale is None else jnp.asarray(rescale, jnp.float32),
+        channels,
     )
+
+
+def _check_structure(null: PyTree, cond: PyTree) -> None:
+    expected, found = jax.tree.structure(cond), jax.tree.structure(null)
+    if expected != found:
+        raise ValueError(
+            f"null has the structure {found}, but the conditioning {expected}: they must be alike"
+        )

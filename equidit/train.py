@@ -101,7 +101,7 @@ def make_train_step(
 
     A function of the state (donated: use the one it returns), the batch (a pytree whose leaves
     share a first axis, a multiple of devices times `accumulate`, else `ValueError`) and the run's
-    key, the same at every step. The metrics are `loss` and `grad_norm`.
+    key, the same at every step. The metrics are `loss`, `grad_norm`, and `losses`, each example's.
 
     Every example has a key of its own, made from the run's key, the step, and its place in the
     batch. So neither `mesh` nor `accumulate` changes what is computed.
@@ -112,11 +112,14 @@ def make_train_step(
     axis = None if mesh is None else "data"
     devices = 1 if mesh is None else mesh.shape["data"]
 
-    def mean_loss(params: PyTree, static: PyTree, batch: PyTree, keys: Array) -> Array:
+    def mean_loss(
+        params: PyTree, static: PyTree, batch: PyTree, keys: Array
+    ) -> tuple[Array, Array]:
         network = eqx.combine(params, static)
         if dtype is not None:
             network = cast(network, dtype)
-        return jax.vmap(lambda example, key: loss(network, example, key))(batch, keys).mean()
+        losses = jax.vmap(lambda example, key: loss(network, example, key))(batch, keys)
+        return losses.mean(), losses
 
     def update(
         state: TrainState, batch: PyTree, key: PRNGKeyArray
@@ -132,22 +135,27 @@ def make_train_step(
             local = jax.lax.pcast(params, axis, to="varying")
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(index)
 
-        def micro(batch_and_keys: PyTree) -> tuple[Array, PyTree]:
-            return jax.value_and_grad(mean_loss)(local, static, *batch_and_keys)
+        def gradient(part: PyTree) -> tuple[Array, PyTree]:
+            (_, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(local, static, *part)
+            return losses, grads
 
         if accumulate == 1:
-            mean, grads = micro((batch, keys))
+            losses, grads = gradient((batch, keys))
         else:
             split = jax.tree.map(
                 lambda a: a.reshape(accumulate, size // accumulate, *a.shape[1:]), (batch, keys)
             )
             first, rest = (jax.tree.map(lambda a, s=s: a[s], split) for s in (0, slice(1, None)))
-            total, _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None),
-                micro(first),
-                rest,
-            )
-            mean, grads = jax.tree.map(lambda a: a / accumulate, total)
+
+            def add(total: PyTree, part: PyTree) -> tuple[PyTree, Array]:
+                losses, grads = gradient(part)
+                return jax.tree.map(jnp.add, total, grads), losses
+
+            losses, grads = gradient(first)
+            grads, more = jax.lax.scan(add, grads, rest)
+            grads = jax.tree.map(lambda grad: grad / accumulate, grads)
+            losses = jnp.concatenate([losses, more.ravel()])
+        mean = losses.mean()
         if axis is not None:
             mean, grads = jax.lax.pmean((mean, grads), axis)
 
@@ -156,7 +164,7 @@ def make_train_step(
         network = eqx.combine(optax.apply_updates(params, updates), static)
         decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
         ema = ema_update(state.ema, network, decay)
-        metrics = {"loss": mean, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": mean, "grad_norm": optax.tree.norm(grads), "losses": losses}
         return TrainState(state.step + 1, network, ema, opt_state), metrics
 
     @eqx.filter_jit(donate="all-except-first")
@@ -174,7 +182,7 @@ def make_train_step(
             update_arrays,
             mesh=mesh,
             in_specs=(everywhere, shared, everywhere),
-            out_specs=everywhere,
+            out_specs=(everywhere, {"loss": everywhere, "grad_norm": everywhere, "losses": shared}),
         )(arrays, *batch_and_key)
         return eqx.combine(arrays, static), metrics
 

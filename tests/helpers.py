@@ -54,6 +54,16 @@ STEPS: dict[str, Callable[..., Any]] = {
     "ddim": dfn.ddim_step,
     "ddim-eta": partial(dfn.ddim_step, eta=1.0),
     "ddim-clip": partial(dfn.ddim_step, clip=True),
+    "ddpm-v": partial(dfn.ddpm_step, prediction="v"),
+    "ddim-x0": partial(dfn.ddim_step, prediction="x0"),
+    "ddim-inversion": dfn.ddim_inversion_step,
+}
+GUIDANCE: dict[str, Callable[..., Any]] = {
+    "plain": edt.guide,
+    "channels": partial(edt.guide, channels=1),
+    "interval": partial(edt.guide, interval=(200.0, 700.0)),
+    "rescale": partial(edt.guide, rescale=0.7),
+    "everything": partial(edt.guide, channels=1, interval=(0, 900), rescale=1.0),
 }
 BETAS = {"linear": dfn.linear_betas, "cosine": dfn.cosine_betas}
 

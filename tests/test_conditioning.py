@@ -9,6 +9,7 @@ from jaxtyping import TypeCheckError
 
 import equidit as edt
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 T = jnp.asarray(300)
 WORDS = images(5, (6,), seed=4)
 

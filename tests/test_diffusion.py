@@ -1,5 +1,6 @@
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,15 +133,57 @@ def test_network_is_told_the_original_time(step):
     assert told == [(777, "cond"), (400, "cond"), (0, "cond")]
 
 
+def as_prediction(network, schedule, kind):
+    """A network that predicts eps, made to predict something else."""
+
+    def converted(x, t, cond):
+        index = jnp.searchsorted(schedule.time, t)
+        eps, values = jnp.split(network(x, t, cond), 2)
+        x0 = dfn.predict_x0(schedule, x, index, eps)
+        value = {"eps": eps, "x0": x0, "v": dfn.predict_v(schedule, x0, index, eps)}[kind]
+        return jnp.concatenate([value, values])
+
+    return converted
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("step", [dfn.ddpm_step, dfn.ddim_step])
+def test_predictions_are_equivalent(step, clip, kind):
+    schedule, network = dfn.Schedule(dfn.linear_betas(), (0, 400, 777)), tiny()
+    converted = as_prediction(network, schedule, kind)
+    for t in (0, 2):
+        args = (schedule, images(1)[0], t, LABEL)
+        expected = step(network, *args, key=KEY, clip=clip, with_x0=True)
+        assert tree_allclose(
+            expected,
+            step(converted, *args, key=KEY, clip=clip, prediction=kind, with_x0=True),
+            1e-5,
+        )
+
+
+@every_betas
+@pytest.mark.parametrize("t", [0, 1, 500, 900])
+def test_conversions(betas, t):
+    s = dfn.Schedule(betas)
+    x0, eps = images(2)
+    xt = dfn.q_sample(s, x0, t, eps)
+    for kind, value in (("eps", eps), ("x0", x0), ("v", dfn.predict_v(s, x0, t, eps))):
+        # What is derived by division by a small number is as much less exact.
+        small = min(float(s.sqrt_alphas_cumprod[t]), float(s.sqrt_one_minus_alphas_cumprod[t]))
+        assert tree_allclose((x0, eps), dfn.x0_and_eps(s, xt, t, value, kind), 1e-6 / small)
+
+
 @every_step
 def test_clipping(step):
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
-    x0 = step(
-        lambda x, t, cond: jnp.concatenate([-9 * x, x]), schedule, images(1)[0], 0, None, key=KEY
-    )
-    assert (np.abs(x0).max() <= 1) == (
-        step.keywords.get("clip", False) if isinstance(step, partial) else False
-    )
+    network = lambda x, t, cond: jnp.concatenate([-90 * x, x])  # noqa: E731
+    if step is dfn.ddim_inversion_step:
+        return
+    clipped = isinstance(step, partial) and step.keywords.get("clip", False)
+    last, x0 = step(network, schedule, images(1)[0], 0, None, key=KEY, with_x0=True)
+    assert tree_allclose(last, x0, 1e-6)
+    assert (np.abs(x0).max() <= 1) == clipped
 
 
 def test_ddim_eta_1_has_the_posterior_variance():
@@ -165,6 +208,108 @@ def test_learned_variance_spans_the_two_bounds():
         learned = dfn.ddpm_step(network(value), schedule, x, 5, None, key=KEY)
         fixed = dfn.ddpm_step(network(0.0), schedule, x, 5, None, key=KEY, variance=variance)
         assert tree_allclose(learned, fixed, 1e-6)
+
+
+def test_sample_returns_what_is_asked_for():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
+    network, noise = tiny(), images(1)[0]
+    plain, with_x0 = (partial(dfn.ddpm_step, network, schedule, with_x0=w) for w in (False, True))
+    run = partial(dfn.sample, schedule=schedule, noise=noise, cond=LABEL, key=KEY)
+    x = run(plain)
+    end, states = run(plain, trajectory=True)
+    other, x0s = run(with_x0, has_aux=True)
+    last, (states_too, x0s_too) = run(with_x0, has_aux=True, trajectory=True)
+    assert all(tree_allclose(x, y, 1e-6) for y in (end, other, last, states[-1], x0s[-1]))
+    assert tree_allclose((states, x0s), (states_too, x0s_too), 1e-6)
+    assert states.shape == x0s.shape == (5, 1, 8, 8)
+    # In the order of the steps: the first is the one from the last step of the schedule.
+    key = jax.random.fold_in(KEY, 4)
+    first = dfn.ddpm_step(network, schedule, noise, 4, LABEL, key=key, with_x0=True)
+    assert tree_allclose(first, (states[0], x0s[0]), 1e-5)
+
+
+def test_progress_is_reported_from_within_jit():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 6))
+    seen = []
+
+    @jax.jit
+    def run(network, noise):
+        step = partial(dfn.ddim_step, network, schedule)
+        draw = lambda x: dfn.sample(  # noqa: E731
+            step, schedule, x, LABEL, key=KEY, progress=lambda i: seen.append(int(i))
+        )
+        return jax.vmap(draw)(noise)
+
+    jax.block_until_ready(run(tiny(), images(3)))
+    jax.effects_barrier()
+    # Once a step, however many are drawn together.
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_step_at_which_nan_arose_is_named():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 6))
+
+    def network(x, t, cond):
+        return jnp.where(t < schedule.time[cond], jnp.nan, x)
+
+    def run(cond, **options):
+        step = partial(dfn.ddim_step, network, schedule)
+        return dfn.sample(step, schedule, images(1)[0], cond, key=KEY, **options)
+
+    assert np.isnan(run(jnp.asarray(4))).all()
+    with pytest.raises(Exception, match="not finite after the step at t=3"):
+        jax.block_until_ready(eqx.filter_jit(run)(jnp.asarray(4), check_finite=True))
+    assert tree_allclose(run(jnp.asarray(0)), run(jnp.asarray(0), check_finite=True), 1e-6)
+
+
+def test_inversion_then_sampling_returns():
+    """The error falls as 1/steps. Data are N(0, diag), the network is theirs."""
+    full = dfn.Schedule(dfn.linear_betas())
+    variance = jnp.asarray([0.25, 1.0, 4.0]).reshape(3, 1, 1)
+
+    def network(x, t, cond):
+        index = t.astype(jnp.int32)
+        noise = full.sqrt_one_minus_alphas_cumprod[index]
+        return noise * x / (full.alphas_cumprod[index] * variance + jnp.square(noise))
+
+    x0 = jnp.sqrt(variance) * images(1, (3, 1, 1))[0]
+
+    def error(steps):
+        short = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, steps))
+        inverse, forward = (
+            partial(step, network, short) for step in (dfn.ddim_inversion_step, dfn.ddim_step)
+        )
+        latent = dfn.sample(inverse, short, x0, None, key=KEY, ascending=True)
+        back = dfn.sample(forward, short, latent, None, key=KEY)
+        # The latent is the noise that the exact flow gives: the data, whitened.
+        return float(jnp.abs(back - x0).max()), float(
+            jnp.abs(latent - x0 / jnp.sqrt(variance)).max()
+        )
+
+    returned, latent = np.transpose([error(steps) for steps in (10, 100, 1000)])
+    assert returned[2] < 1e-2
+    assert latent[2] < 2e-2
+    assert (returned[:-1] / returned[1:] > 5).all()
+    assert (returned[1] / returned[2]) < 20
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ("leading", range(0, 1000, 100)),
+        ("trailing", range(99, 1000, 100)),
+        ("linspace", [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]),
+        ("fractional", [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]),
+    ],
+)
+def test_spacings(spacing, expected):
+    assert dfn.space_timesteps(1000, 10, spacing) == tuple(expected)
+    assert dfn.space_timesteps(1000, 1000, spacing) == tuple(range(1000))
+    for count in (1, 3, 7, 300, 999):
+        kept = dfn.space_timesteps(1000, count, spacing)
+        assert len(set(kept)) == count
+        assert (np.diff(kept) > 0).all()
+        assert (kept[-1] == 999) or spacing == "leading" or (count == 1 and spacing != "trailing")
 
 
 @pytest.mark.parametrize("loss", [dfn.simple_loss, dfn.hybrid_loss])
@@ -234,12 +379,23 @@ def test_sample_is_the_loop_and_compiles_one_step():
         (lambda: dfn.space_timesteps(10, "six"), ["'six'", "'10,15,20'"]),
         (lambda: dfn.space_timesteps(10, "ddim"), ["'ddim'"]),
         (lambda: dfn.space_timesteps(1000, "ddim300"), ["'ddim300'", "stride"]),
+        (lambda: dfn.space_timesteps(10, 5, "even"), ["'even'", "leading, trailing, linspace"]),
+        (lambda: dfn.space_timesteps(10, 11, "leading"), ["11 of 10"]),
+        (lambda: dfn.space_timesteps(10, "2,2", "leading"), ["sections"]),
+        (lambda: dfn.space_timesteps(10, "ddim5", "leading"), ["'ddim5'", "'leading'"]),
     ],
 )
 def test_bad_input(call, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call()
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_eta_out_of_range(eta):
+    schedule, x = dfn.Schedule(dfn.linear_betas()), images(1)[0]
+    with pytest.raises(ValueError, match=rf"eta={eta} must lie in \[0, 1\]"):
+        dfn.ddim_step(tiny(), schedule, x, 5, LABEL, key=KEY, eta=eta)
 
 
 def test_bad_networks_and_variances():

@@ -8,6 +8,7 @@ from jaxtyping import TypeCheckError
 
 import equidit as edt
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 T, LABEL = jnp.asarray(500), jnp.asarray(3)
 
 

@@ -15,6 +15,7 @@ import pytest
 from helpers import images, randomize, tree_allclose
 
 import equidit as edt
+from equidit import diffusion as dfn
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 # The sizes of the examples, so that they share their compiled programs with the laws.
@@ -25,12 +26,7 @@ X, T = images(1)[0], jnp.asarray(500)
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    # Hardly any of these programs runs twice.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
@@ -65,6 +61,33 @@ def test_main(name, capsys):
     # Twenty steps on one batch: it falls to about a third.
     assert name != "block" or losses[1] < 0.9 * losses[0]
     assert "(2, 8, 8)" in printed
+
+
+# ------------------------------------------------------------------------- inpainting
+
+
+def test_inpainting_fills_in_what_fits():
+    """With the ideal network of two pictures, half of one is completed to that one."""
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 100))
+    one = images(1, (1, 4, 4))[0]
+    pictures = jnp.stack([one, -one])
+
+    def network(x, t, cond):
+        a = jnp.interp(t, schedule.time, schedule.alphas_cumprod)
+        squares = jnp.square(x[None] - jnp.sqrt(a) * pictures).sum((1, 2, 3))
+        share = jax.nn.softmax(-squares / (2 * (1 - a)))
+        x0 = (share[:, None, None, None] * pictures).sum(0)
+        return jnp.concatenate([x0, jnp.zeros_like(x0)])
+
+    mask = jnp.broadcast_to(jnp.arange(4) < 2, (1, 4, 4))
+    inner = partial(dfn.ddpm_step, network, schedule, prediction="x0")
+    for known in pictures:
+        inpaint = example("inpainting").inpainting_step(inner, schedule, known, mask)
+        noise = images(1, (1, 4, 4), seed=5)[0]
+        filled = dfn.sample(inpaint, schedule, noise, None, key=KEY)
+        assert tree_allclose(known, filled, 1e-3)
+        assert (filled == known)[mask].all()
+    example("inpainting").main()
 
 
 # ------------------------------------------------------------------------------ block

@@ -1,10 +1,13 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import images, tiny, tree_allclose
+from helpers import GUIDANCE, images, tiny, tree_allclose
 
 import equidit as edt
+from equidit import diffusion as dfn
 
 X = images(7)
 T = jnp.linspace(0.0, 999.0, 7)
@@ -72,18 +75,99 @@ def test_cost_is_two_evaluations_or_one():
         calls.append(cond)
         return x
 
-    edt.guide(network, 2.0, None)(X[0], T[0], "cond")
-    assert calls == ["cond", None]
+    edt.guide(network, 2.0, 10)(X[0], T[0], 3)
+    assert calls == [3, 10]
     calls.clear()
-    edt.guide(network, 1, None)(X[0], T[0], "cond")
-    assert calls == ["cond"]
+    edt.guide(network, 1, 10)(X[0], T[0], 3)
+    assert calls == [3]
 
 
-def test_guidance_of_a_bfloat16_network():
-    out = edt.guide(edt.cast(tiny(), jnp.bfloat16), 2.0, NULL)(
-        X[0].astype(jnp.bfloat16), T[0], LABEL[0]
+every_rule = pytest.mark.parametrize("rule", GUIDANCE.values(), ids=GUIDANCE)
+
+
+@every_rule
+def test_laws_of_every_rule(rule):
+    network = rule(tiny(), 3.0, NULL)
+    assert isinstance(network, edt.Network)
+    batched = evaluate(network)
+    loop = jnp.stack([network(*args) for args in zip(X, T, LABEL, strict=True)])
+    assert tree_allclose(batched, loop, 1e-5)
+    # The variance is the conditional one, and something is guided.
+    cond = evaluate(tiny())
+    assert tree_allclose(batched[:, 1:], cond[:, 1:], 1e-6)
+    assert not tree_allclose(batched[:, :1], cond[:, :1], 1e-2)
+    low = rule(edt.cast(tiny(), jnp.bfloat16), 3.0, NULL)
+    assert low(X[0], T[3], LABEL[0]).dtype == jnp.float32
+    assert low(X[0].astype(jnp.bfloat16), T[3], LABEL[0]).dtype == jnp.bfloat16
+    assert rule(tiny(), 1, NULL) is not None
+    assert tree_allclose(evaluate(rule(tiny(), jnp.asarray(1.0), NULL)), cond, 1e-6)
+
+
+@every_rule
+@pytest.mark.parametrize("step", [dfn.ddim_step, dfn.ddpm_step])
+def test_every_rule_composes_with_sampling(rule, step):
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 4))
+    traces = []
+
+    @jax.jit
+    def run(network, x, label):
+        traces.append(None)
+        draw = partial(dfn.sample, partial(step, network, schedule), schedule)
+        return jax.vmap(lambda x, c: draw(x, c, key=jax.random.key(0)))(x, label)
+
+    outs = [run(rule(tiny(), scale, NULL), X, LABEL) for scale in (2.0, 4.0)]
+    assert len(traces) == 1
+    assert np.isfinite(outs[0]).all()
+    assert not tree_allclose(outs[0], outs[1], 1e-3)
+
+
+def test_scale_of_each_sample():
+    scales = jnp.linspace(0.0, 5.0, 7)
+    guided = lambda s, x, t, c: edt.guide(tiny(), s, NULL)(x, t, c)  # noqa: E731
+    each = jax.vmap(guided)(scales, X, T, LABEL)
+    for i, scale in enumerate(scales):
+        assert tree_allclose(edt.guide(tiny(), scale, NULL)(X[i], T[i], LABEL[i]), each[i], 1e-5)
+
+
+def test_negative_conditioning():
+    network = tiny(learn_sigma=False)
+    cond, avoided = evaluate(network), evaluate(network, jnp.full(7, 4))
+    guided = evaluate(edt.guide(network, 3.0, jnp.asarray(4)))
+    assert tree_allclose(cond + 2 * (cond - avoided), guided, 1e-5)
+
+
+def test_autoguidance():
+    network, weaker = tiny(learn_sigma=False), tiny(learn_sigma=False, depth=1)
+    cond, weak = evaluate(network), evaluate(weaker)
+    guided = evaluate(edt.guide(network, 3.0, NULL, other=weaker))
+    assert tree_allclose(cond + 2 * (cond - weak), guided, 1e-5)
+    assert tree_allclose(guided, evaluate(edt.guide(network, 3.0, None, other=weaker)))
+    args = (X[0], T[0], LABEL[0])
+    cost = edt.count_macs(edt.guide(network, 3.0, None, other=weaker), *args)
+    assert cost == edt.count_macs(network, *args) + edt.count_macs(weaker, *args)
+
+
+def test_interval():
+    guided, plain = edt.guide(tiny(), 3.0, NULL), tiny()
+    limited = edt.guide(tiny(), 3.0, NULL, interval=(T[2], T[4]))
+    for i, t in enumerate(T):
+        expected = guided if 2 <= i <= 4 else plain
+        assert tree_allclose(expected(X[i], t, LABEL[i]), limited(X[i], t, LABEL[i]), 1e-6)
+    assert limited(X[0], jnp.asarray(500), LABEL[0]).shape == (2, 8, 8)
+
+
+def test_rescale():
+    cond = evaluate(tiny())[:, :1]
+    plain, full, half = (
+        evaluate(edt.guide(tiny(), 5.0, NULL, rescale=r))[:, :1] for r in (0.0, 1.0, 0.5)
     )
-    assert out.dtype == jnp.bfloat16
+    assert tree_allclose(plain, evaluate(edt.guide(tiny(), 5.0, NULL))[:, :1], 1e-6)
+    axes = (1, 2, 3)
+    assert tree_allclose(full.std(axes), cond.std(axes), 1e-5)
+    assert tree_allclose((full + plain) / 2, half, 1e-5)
+    assert (plain.std(axes) != cond.std(axes)).all()
+    new = edt.DiT(1, 2, 32, 2, 4, 10, key=jax.random.key(0))
+    assert (evaluate(edt.guide(new, 5.0, NULL, rescale=1.0)) == 0).all()
 
 
 def test_drop_label():
@@ -116,6 +200,14 @@ def test_bad_input():
             edt.drop_label(LABEL[0], 10, probability, key=jax.random.key(0))
     with pytest.raises(ValueError, match="scale=nan must be finite"):
         edt.guide(tiny(), float("nan"), NULL)
+    with pytest.raises(ValueError, match=r"rescale=1\.5 must lie in"):
+        edt.guide(tiny(), 2.0, NULL, rescale=1.5)
+    with pytest.raises(ValueError, match=r"interval=\(5, 3\) must be the lowest"):
+        edt.guide(tiny(), 2.0, NULL, interval=(5, 3))
+    with pytest.raises(ValueError, match="null has the structure"):
+        edt.guide(tiny(), 2.0, {"label": NULL})(X[0], T[0], LABEL[0])
+    with pytest.raises(ValueError, match="null has the structure"):
+        edt.drop_label({"a": LABEL[0]}, NULL, 0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="channels=0"):
         edt.guide(tiny(), 2.0, NULL, channels=0)
     with pytest.raises(ValueError, match="channels=3, but the output has only 2"):

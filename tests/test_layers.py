@@ -6,6 +6,8 @@ from helpers import check_fields, images, randomize, tree_allclose
 
 import equidit as edt
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def attention(**options):
     return randomize(edt.Attention(16, 2, **options, key=jax.random.key(0)), scale=0.3)

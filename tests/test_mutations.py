@@ -10,7 +10,7 @@ from goldens import NETWORKS, diffusion_errors, network_errors
 from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
 
 import equidit as edt
-from equidit import _conditioning, diffusion as dfn
+from equidit import _conditioning, _objectives, _schedule, _steps, diffusion as dfn
 
 
 def _network_fails() -> bool:
@@ -61,8 +61,10 @@ def test_rows_before_columns(monkeypatch):
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_schedule_off_by_one(monkeypatch, shift):
-    at = dfn._at
-    monkeypatch.setattr(dfn, "_at", lambda table, t: at(table, jnp.clip(t + shift, 0, 249)))
+    right = _schedule.at
+    for module in (_schedule, _objectives, _steps):
+        wrong = lambda table, t: right(table, jnp.clip(t + shift, 0, 249))  # noqa: E731
+        monkeypatch.setattr(module, "at", wrong)
     errors = diffusion_errors("250")
     seen = {name for name, error in errors.items() if error > DIFFUSION_TOLERANCE}
     assert {"x_t", "hybrid_vb", "p_pred_xstart", "ddim_step_eta0", "ddpm_step"} <= seen

@@ -30,6 +30,7 @@ SAMPLERS = {
     "ddpm-learned": partial(dfn.ddpm_step, variance="learned"),
     "ddim": dfn.ddim_step,
     "ddim-eta": partial(dfn.ddim_step, eta=1.0),
+    "ddim-half": partial(dfn.ddim_step, eta=0.5),
 }
 every_sampler = pytest.mark.parametrize("step", SAMPLERS.values(), ids=SAMPLERS)
 

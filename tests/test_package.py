@@ -23,7 +23,7 @@ NETWORK = [
     "configs",
     "_counting",
 ]
-PROCESS = ["diffusion", "guidance"]
+PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]
 TRAINING = ["train", "checkpoint", "data", "metrics"]
 TOP = ["_report", "_run", "cli", "__main__"]
 

@@ -1,0 +1,211 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+
+from ._objectives import log_variance_of, split_output
+from ._schedule import Image, Index, Schedule, at, posterior, predict_eps, x0_and_eps
+from ._types import Network, Number, Scalar
+
+
+def _predicted(
+    network: Network,
+    schedule: Schedule,
+    x: Image,
+    t: Index,
+    cond: PyTree,
+    prediction: str,
+    clip: bool,
+) -> tuple[Image, Image, Image | None]:
+    """The clean example and the noise that the network implies, and its variance channels."""
+    value, values = split_output(network(x, at(schedule.time, t), cond), x)
+    x0, eps = x0_and_eps(schedule, x, t, value, prediction)
+    if clip:
+        x0 = jnp.clip(x0, -1.0, 1.0)
+        eps = predict_eps(schedule, x, t, x0)
+    return x0, eps, values
+
+
+def ddpm_step(
+    network: Network,
+    schedule: Schedule,
+    x: Image,
+    t: Index,
+    cond: PyTree,
+    *,
+    key: PRNGKeyArray,
+    variance: str = "learned",
+    prediction: str = "eps",
+    clip: bool = False,
+    with_x0: bool = False,
+) -> Any:
+    """One ancestral step from `t` to `t - 1` (DDPM, algorithm 2).
+
+    **Arguments:**
+
+    - `network`, `schedule`: what predicts; what `t` indexes.
+    - `x`, `t`: the noisy example and its step. The step at 0 adds no noise.
+    - `cond`: passed to the network.
+    - `key`: of this example and this step.
+    - `variance`: `"learned"` interpolates between the two bounds by the network's second half;
+        `"small"` is the posterior's, `"large"` is beta.
+    - `prediction`: what the network predicts: `"eps"` the noise, `"x0"` the clean example, `"v"`
+        the velocity of [`equidit.diffusion.predict_v`][].
+    - `clip`: whether the implied clean example is clipped to [-1, 1].
+    - `with_x0`: whether to return the implied clean example too.
+
+    **Returns:**
+
+    The example at the step before, or with `with_x0` the pair of it and the clean example.
+    """
+    x0, _, values = _predicted(network, schedule, x, t, cond, prediction, clip)
+    mean, _ = posterior(schedule, x0, x, t)
+    deviation = jnp.exp(log_variance_of(schedule, t, values, variance) / 2)
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    x = jnp.where(jnp.asarray(t) == 0, mean, mean + deviation * noise)
+    return (x, x0) if with_x0 else x
+
+
+def ddim_step(
+    network: Network,
+    schedule: Schedule,
+    x: Image,
+    t: Index,
+    cond: PyTree,
+    *,
+    key: PRNGKeyArray,
+    eta: Scalar = 0.0,
+    prediction: str = "eps",
+    clip: bool = False,
+    with_x0: bool = False,
+) -> Any:
+    """One DDIM step from `t` to `t - 1` (DDIM, equations 12 and 16).
+
+    **Arguments:**
+
+    - `network`, `schedule`, `x`, `t`, `cond`, `prediction`, `clip`, `with_x0`: as for
+        [`equidit.diffusion.ddpm_step`][].
+    - `key`: of this example and this step; without effect at `eta=0`.
+    - `eta`: 0 is deterministic, 1 has the posterior's variance at every step. Outside [0, 1] a
+        `ValueError`.
+
+    **Returns:**
+
+    The example at the step before, or with `with_x0` the pair of it and the clean example.
+    """
+    if isinstance(eta, Number) and not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie in [0, 1]: 0 is deterministic, 1 is DDPM's noise")
+    x0, eps, _ = _predicted(network, schedule, x, t, cond, prediction, clip)
+    variance = jnp.square(eta) * at(schedule.posterior_variance, t)
+    direction = jnp.sqrt(jnp.maximum(at(schedule.one_minus_alphas_cumprod_prev, t) - variance, 0))
+    mean = at(schedule.sqrt_alphas_cumprod_prev, t) * x0 + direction * eps
+    x = mean + jnp.sqrt(variance) * jax.random.normal(key, x.shape, x.dtype)
+    return (x, x0) if with_x0 else x
+
+
+def ddim_inversion_step(
+    network: Network,
+    schedule: Schedule,
+    x: Image,
+    t: Index,
+    cond: PyTree,
+    *,
+    key: PRNGKeyArray | None = None,
+    prediction: str = "eps",
+) -> Image:
+    """One step of DDIM backwards, from `t - 1` to `t`: from an example to the noise that gives it.
+
+    The network is asked at `t` for the noise in `x`, as if `x` did not change over the step, so
+    the error falls as 1 / steps. Drive it with `sample(..., ascending=True)`, from a clean example;
+    [`equidit.diffusion.ddim_step`][] leads back.
+
+    **Arguments:** as for [`equidit.diffusion.ddim_step`][]. `key` is not read.
+
+    ??? cite
+
+        Section 4.3 of [Song et al. 2021](https://arxiv.org/abs/2010.02502).
+    """
+    value, _ = split_output(network(x, at(schedule.time, t), cond), x)
+    _, eps = x0_and_eps(schedule, x, t, value, prediction)
+    signal_prev = at(schedule.sqrt_alphas_cumprod_prev, t)
+    noise_prev = jnp.sqrt(at(schedule.one_minus_alphas_cumprod_prev, t))
+    x0 = (x - noise_prev * eps) / signal_prev
+    return at(schedule.sqrt_alphas_cumprod, t) * x0 + (
+        at(schedule.sqrt_one_minus_alphas_cumprod, t) * eps
+    )
+
+
+def sample(
+    step: Callable[..., Any],
+    schedule: Schedule,
+    noise: Any,
+    cond: PyTree,
+    *,
+    key: PRNGKeyArray,
+    ascending: bool = False,
+    has_aux: bool = False,
+    trajectory: bool = False,
+    progress: Callable[[int], Any] | None = None,
+    check_finite: bool = False,
+) -> Any:
+    """Runs `step` from the last step of a schedule down to 0, as one `lax.scan`.
+
+    **Arguments:**
+
+    - `step`: called as `step(x, t, cond, key=key)`, e.g.
+        `partial(ddim_step, network, schedule)`. Make the `partial` inside the function that is
+        jitted and pass the network to that as an argument: a closure would bake the weights into
+        the program.
+    - `schedule`: gives the number of steps.
+    - `noise`: where to start: standard normal, in the shape of one example.
+    - `cond`: passed to `step`.
+    - `key`: of this example; every step gets its own.
+    - `ascending`: from step 0 up instead, e.g. for [`equidit.diffusion.ddim_inversion_step`][].
+    - `has_aux`: whether `step` returns a pair, of which the second is to be collected, e.g. the
+        predicted clean example (`partial(ddim_step, ..., with_x0=True)`).
+    - `trajectory`: whether the examples after each step are collected.
+    - `progress`: called on the host as `progress(i)` after step number `i`, from 1, in any order.
+    - `check_finite`: for debugging: raises if an example is not finite after a step, and names the
+        first such step. Costs a read-back.
+
+    **Returns:**
+
+    The sample; with `has_aux` or `trajectory` the pair of it and what was collected, stacked along
+    a new first axis in the order of the steps; with both, the pair `(examples, aux)` of these.
+    """
+    order = jnp.arange(schedule.steps)
+
+    def body(carry: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Any]:
+        x, bad = carry
+        t = i if ascending else schedule.steps - 1 - i
+        out = step(x, t, cond, key=jax.random.fold_in(key, t))
+        x, aux = out if has_aux else (out, None)
+        if progress is not None:
+            jax.debug.callback(progress, i + 1)
+        if check_finite:
+            bad = jnp.where((bad < 0) & ~_finite(x), t, bad)
+        return (x, bad), (x if trajectory else None, aux)
+
+    (x, bad), (states, aux) = jax.lax.scan(body, (noise, jnp.asarray(-1)), order)
+    if check_finite:
+        x = _raise_at(x, bad, schedule.steps)
+    if has_aux and trajectory:
+        return x, (states, aux)
+    return (x, aux if has_aux else states) if has_aux or trajectory else x
+
+
+def _finite(tree: PyTree) -> Bool[Array, ""]:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _raise_at(x: Any, bad: Int[Array, ""], steps: int) -> Any:
+    texts = [
+        f"the example is not finite after the step at t={t}: the network's output or the "
+        "conditioning there is NaN or too large"
+        for t in range(steps)
+    ]
+    return eqx.branched_error_if(x, bad >= 0, jnp.maximum(bad, 0), texts)

@@ -1,0 +1,83 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._common import check_positive
+
+
+def stratified_timesteps(
+    key: PRNGKeyArray, steps: int, batch_size: int
+) -> Int[Array, " batch_size"]:
+    """One step for each example of a batch, one from each of `batch_size` equal shares of the
+    schedule, in random order: uniform each, and evenly spread together.
+
+    Draw them beside the batch, and pass each example's to its loss as `t`.
+    """
+    draw_key, order_key = jax.random.split(key)
+    place = jnp.arange(batch_size) + jax.random.uniform(draw_key, (batch_size,))
+    t = jnp.minimum((place * (steps / batch_size)).astype(jnp.int32), steps - 1)
+    return jax.random.permutation(order_key, t)
+
+
+class LossSecondMoment(eqx.Module):
+    """Importance sampling of steps, in proportion to the root mean square of their recent losses.
+
+    ```python
+    sampler = LossSecondMoment(schedule.steps)
+    t, weight = sampler.sample(key, batch_size)  # the loss of an example: weight * loss at t
+    sampler = sampler.update(t, metrics["losses"] / weight)
+    ```
+
+    Until every step has had `terms` losses, steps are drawn uniformly.
+
+    ??? cite
+
+        Equation 18 and section 3.3 of
+        [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
+    """
+
+    losses: Float[Array, "steps terms"]
+    counts: Int[Array, " steps"]
+
+    def __init__(self, steps: int, terms: int = 10):
+        """**Arguments:**
+
+        - `steps`: of the schedule.
+        - `terms`: how many of each step's latest losses are remembered.
+        """
+        check_positive(steps=steps, terms=terms)
+        self.losses = jnp.zeros((steps, terms))
+        self.counts = jnp.zeros(steps, jnp.int32)
+
+    @property
+    def probabilities(self) -> Float[Array, " steps"]:
+        """Of each step; a thousandth of the whole is spread evenly, so that none is 0."""
+        steps, terms = self.losses.shape
+        uniform = jnp.full(steps, 1 / steps)
+        root = jnp.sqrt(jnp.square(self.losses).mean(axis=1))
+        mixed = 0.999 * root / root.sum() + 0.001 * uniform
+        return jnp.where((self.counts >= terms).all(), mixed, uniform)
+
+    def sample(
+        self, key: PRNGKeyArray, batch_size: int
+    ) -> tuple[Int[Array, " batch_size"], Float[Array, " batch_size"]]:
+        """Steps for a batch, and the weights that keep the mean loss what it is under uniform
+        ones."""
+        probabilities = self.probabilities
+        steps = probabilities.shape[0]
+        t = jax.random.categorical(key, jnp.log(probabilities), shape=(batch_size,))
+        return t.astype(jnp.int32), 1 / (steps * probabilities[t])
+
+    def update(
+        self, t: Int[Array, " batch_size"], losses: Float[Array, " batch_size"]
+    ) -> "LossSecondMoment":
+        """The sampler that has seen these (unweighted) losses too."""
+
+        def add(state: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple:
+            (history, counts), (t, loss) = state, pair
+            history = history.at[t, counts[t] % history.shape[1]].set(loss)
+            return (history, counts.at[t].add(1)), None
+
+        state, _ = jax.lax.scan(add, (self.losses, self.counts), (t, losses))
+        return eqx.tree_at(lambda s: (s.losses, s.counts), self, state)

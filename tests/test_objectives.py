@@ -1,0 +1,328 @@
+"""Losses, weights and the bound, where the optimum is known in closed form."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import images, tiny, tree_allclose
+
+import equidit as edt
+from equidit import diffusion as dfn
+
+BETAS = dfn.linear_betas()
+FULL = dfn.Schedule(BETAS)
+SHORT = dfn.Schedule(BETAS, dfn.space_timesteps(1000, 250))
+KEY = jax.random.key(5)
+# Data are N(0, SPREAD^2).
+SPREAD = 0.7
+TIMES = [0, 1, 10, 100, 500, 999]
+
+
+def signal_of(t, keep=None):
+    """Float64: alphas_cumprod at step t and before, and beta."""
+    signal = np.cumprod(1 - BETAS)[slice(None) if keep is None else np.asarray(keep)]
+    before = signal[t - 1] if t else 1.0
+    return signal[t], before, 1 - signal[t] / before
+
+
+def spread_of(t, keep=None):
+    """Variance of x0 given x_t."""
+    signal, _, _ = signal_of(t, keep)
+    return SPREAD**2 * (1 - signal) / (signal * SPREAD**2 + 1 - signal)
+
+
+def ideal(prediction, schedule=FULL):
+    """The ideal network of the Gaussian; its second half asks for the upper bound of variance."""
+
+    def network(x, t, cond):
+        a = jnp.interp(t, schedule.time, schedule.alphas_cumprod)
+        signal, noise = jnp.sqrt(a), jnp.sqrt(1 - a)
+        x0 = signal * SPREAD**2 / (a * SPREAD**2 + 1 - a) * x
+        eps = (x - signal * x0) / noise
+        value = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+        return jnp.concatenate([value, jnp.ones_like(value)])
+
+    return network
+
+
+def mean_over_data_and_noise(loss):
+    """By Gauss-Hermite quadrature; `loss(x0, noise)` of an image of one pixel."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    x0, noise = (a.astype(np.float32).reshape(-1, 1, 1, 1) for a in np.meshgrid(nodes, nodes))
+    values = jax.jit(jax.vmap(loss))(jnp.asarray(SPREAD * x0), jnp.asarray(noise))
+    pair = np.outer(weights, weights).ravel() / weights.sum() ** 2
+    return float(np.asarray(values, np.float64) @ pair)
+
+
+def mse_of(prediction, t, keep=None):
+    signal, _, _ = signal_of(t, keep)
+    factor = {"eps": signal / (1 - signal), "x0": 1.0, "v": 1 / (1 - signal)}[prediction]
+    return spread_of(t, keep) * factor
+
+
+def bits_of(t, keep=None):
+    """The bound's term with variance beta and, at t = 0, the density of a Gaussian decoder."""
+    signal, before, beta = signal_of(t, keep)
+    difference = (beta * np.sqrt(before) / (1 - signal)) ** 2 * spread_of(t, keep)
+    if t == 0:
+        return 0.5 * (np.log(2 * np.pi * beta) + difference / beta) / np.log(2)
+    variance = beta * (1 - before) / (1 - signal)
+    return 0.5 * (np.log(beta / variance) + (variance + difference) / beta - 1) / np.log(2)
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_simple_loss_at_the_optimum(prediction, t):
+    network = ideal(prediction)
+
+    def loss(x0, noise, **options):
+        options = {"key": KEY, "t": t, "noise": noise, "prediction": prediction} | options
+        return dfn.simple_loss(network, FULL, x0, None, **options)
+
+    expected = mse_of(prediction, t)
+    assert mean_over_data_and_noise(loss) == pytest.approx(expected, abs=1e-4)
+    # The weight makes of each the same error in x0.
+    weight = partial(dfn.min_snr_weight, gamma=5.0, prediction=prediction)
+    signal, _, _ = signal_of(t)
+    snr = signal / (1 - signal)
+    weighted = mean_over_data_and_noise(partial(loss, weight=weight))
+    assert weighted == pytest.approx(min(snr, 5.0) * mse_of("x0", t), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("t", [t for t in TIMES if t < 250])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_bounds_at_the_optimum(prediction, t):
+    keep = dfn.space_timesteps(1000, 250)
+    network = ideal(prediction, SHORT)
+    options = {"key": KEY, "t": t, "prediction": prediction, "likelihood": "latents"}
+
+    def expected(loss):
+        return mean_over_data_and_noise(
+            lambda x0, noise: loss(network, SHORT, x0, None, noise=noise, **options)
+        )
+
+    mse, bits = mse_of(prediction, t, keep), bits_of(t, keep)
+    assert expected(dfn.hybrid_loss) == pytest.approx(mse + bits, abs=1e-4)
+    assert expected(dfn.rescaled_hybrid_loss) == pytest.approx(mse + bits / 4, abs=1e-4)
+    assert expected(dfn.vlb_loss) / 250 == pytest.approx(bits, abs=1e-4)
+    large = partial(dfn.vlb_loss, variance="large")
+    if t > 0:
+        assert expected(large) / 250 == pytest.approx(bits, abs=1e-4)
+
+
+def test_losses_draw_uniform_steps_and_their_own_noise():
+    network, x0 = tiny(), images(1)[0]
+    seen = []
+
+    def spy(x, t, cond):
+        seen.append(int(t))
+        return network(x, t, cond)
+
+    for i in range(200):
+        dfn.simple_loss(spy, SHORT, x0, jnp.asarray(3), key=jax.random.key(i))
+    assert set(seen) <= {int(t) for t in SHORT.time}
+    # Uniform on 0 to 999: mean 499.5, deviation 289.
+    assert abs(np.mean(seen) - 499.5) < 4 * 289 / np.sqrt(200)
+
+
+@pytest.mark.parametrize("loss", [dfn.hybrid_loss, dfn.rescaled_hybrid_loss])
+def test_rescaling_is_nothing_at_1000_steps(loss):
+    network, x0 = tiny(), images(1)[0]
+    value, plain = (f(network, FULL, x0, jnp.asarray(3), key=KEY) for f in (loss, dfn.hybrid_loss))
+    assert tree_allclose(value, plain)
+
+
+def test_vlb_loss_teaches_mean_and_variance():
+    eps, values = images(2)
+
+    def loss(eps, values):
+        network = lambda x, t, cond: jnp.concatenate([eps, values])  # noqa: E731
+        return dfn.vlb_loss(network, FULL, images(1, seed=9)[0], None, key=KEY)
+
+    grads = jax.grad(loss, (0, 1))(eps, values)
+    assert all((np.abs(grad) > 0).mean() > 0.99 for grad in grads)
+
+
+ENTROPY = 0.5 * np.log2(2 * np.pi * np.e)
+
+
+def mean_and_error(totals):
+    totals = np.asarray(totals, np.float64)
+    return totals.mean(), totals.std(ddof=1) / np.sqrt(len(totals))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_bits_per_dim_of_a_gaussian_is_its_entropy(prediction):
+    """For N(0, 1) each reverse step is Gaussian with variance beta: the bound is tight."""
+
+    def network(x, t, cond):
+        index = t.astype(jnp.int32)
+        signal, noise = FULL.sqrt_alphas_cumprod[index], FULL.sqrt_one_minus_alphas_cumprod[index]
+        value = {"eps": noise * x, "x0": signal * x, "v": 0 * x}[prediction]
+        return jnp.concatenate([value, jnp.ones_like(value)])
+
+    def bits(x0, key):
+        return dfn.bits_per_dim(
+            network, FULL, x0, None, key=key, prediction=prediction, likelihood="latents"
+        )
+
+    result = jax.jit(jax.vmap(bits))(images(16, (1, 64, 64)), jax.random.split(KEY, 16))
+    mean, error = mean_and_error(result.total)
+    assert error < 0.01
+    assert abs(mean - ENTROPY) < 4 * error
+    assert tree_allclose(result.total, result.prior + result.terms.sum(axis=1), 1e-5)
+    assert result.terms.shape == result.mse.shape == (16, 1000)
+    assert (result.prior >= 0).all()
+    assert result.prior.max() < 1e-3
+
+
+WEIGHTS, MEANS, DEVIATIONS = np.array([0.3, 0.7]), np.array([-1.0, 0.8]), np.array([0.2, 0.3])
+
+
+def mixture_x0(x, a, xp):
+    """E[x0 | x_t = x] of the mixture."""
+    signal, x = xp.sqrt(a), x[..., None]
+    variances = a * DEVIATIONS**2 + 1 - a
+    logits = np.log(WEIGHTS) - 0.5 * ((x - signal * MEANS) ** 2 / variances + xp.log(variances))
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    share = xp.exp(logits) / xp.exp(logits).sum(axis=-1, keepdims=True)
+    centre = MEANS + signal * DEVIATIONS**2 / variances * (x - signal * MEANS)
+    return (share * centre).sum(axis=-1)
+
+
+def test_bits_per_dim_of_a_mixture():
+    def network(x, t, cond):
+        a = FULL.alphas_cumprod[t.astype(jnp.int32)]
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            x0 = mixture_x0(x, a, jnp).astype(jnp.float32)
+        return jnp.concatenate([x0, jnp.ones_like(x0)])
+
+    def bits(x0, key):
+        return dfn.bits_per_dim(
+            network, FULL, x0, None, key=key, prediction="x0", likelihood="latents"
+        )
+
+    rng = np.random.default_rng(0)
+    part = rng.choice(2, size=(16, 1, 64, 64), p=WEIGHTS)
+    data = MEANS[part] + DEVIATIONS[part] * rng.normal(size=part.shape)
+    result = jax.jit(jax.vmap(bits))(jnp.asarray(data, jnp.float32), jax.random.split(KEY, 16))
+    mean, error = mean_and_error(result.total)
+
+    # The bound's expectation, by quadrature in float64.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights = weights / weights.sum()
+    z, noise = np.meshgrid(nodes, nodes)
+    pair = np.outer(weights, weights)
+    total = 0.0
+    signal = np.cumprod(1 - BETAS)
+    for share, centre, deviation in zip(WEIGHTS, MEANS, DEVIATIONS, strict=True):
+        x0 = centre + deviation * z
+        for t in range(1000):
+            a, before = signal[t], signal[t - 1] if t else 1.0
+            beta = 1 - a / before
+            xt = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise
+            gap = (beta * np.sqrt(before) / (1 - a) * (x0 - mixture_x0(xt, a, np))) ** 2
+            if t == 0:
+                term = 0.5 * (np.log(2 * np.pi * beta) + gap / beta)
+            else:
+                ratio = (1 - before) / (1 - a)
+                term = 0.5 * (-np.log(ratio) + ratio + gap / beta - 1)
+            total += share * (term * pair).sum() / np.log(2)
+        a = signal[-1]
+        prior = 0.5 * (a * x0**2 + 1 - a - np.log(1 - a) - 1)
+        total += share * (prior * pair).sum() / np.log(2)
+    assert error < 0.01
+    assert abs(mean - total) < 4 * error
+    # A bound, and with 1000 steps a good one.
+    x = np.linspace(-4, 4, 100_001)[:, None]
+    density = WEIGHTS / DEVIATIONS / np.sqrt(2 * np.pi)
+    density = (density * np.exp(-0.5 * ((x - MEANS) / DEVIATIONS) ** 2)).sum(axis=1)
+    entropy = -(density * np.log2(np.maximum(density, 1e-300))).sum() * (x[1, 0] - x[0, 0])
+    assert entropy < total < entropy + 0.05
+
+
+def test_pixel_likelihood_is_the_default():
+    network, x0 = tiny(), images(1)[0]
+    args = (FULL, jnp.concatenate([x0, x0]), x0, x0, 0)
+    assert dfn.vb_term(*args) == dfn.vb_term(*args, likelihood="pixels")
+    assert dfn.vb_term(*args) != dfn.vb_term(*args, likelihood="latents")
+    mid = dfn.bits_per_dim(network, SHORT, x0, jnp.asarray(3), key=KEY, clip=True)
+    assert np.isfinite(mid.total)
+
+
+def test_stratified_timesteps():
+    steps, batch = 1000, 64
+    keys = jax.random.split(KEY, 300)
+    draws = np.asarray(jax.vmap(lambda k: dfn.stratified_timesteps(k, steps, batch))(keys))
+    # One from each of 64 equal shares, in any order.
+    shares = np.sort(np.floor((draws + 0.5) * batch / steps), axis=1)
+    assert np.abs(shares - np.arange(batch)).max() <= 1
+    assert (draws[0] != np.sort(draws[0])).any()
+    # Uniform for every example of the batch: mean 499.5, deviation 289.
+    assert np.abs(draws.mean(axis=0) - 499.5).max() < 4.5 * 289 / np.sqrt(300)
+    assert (draws.min() >= 0) & (draws.max() < steps)
+    # Their mean varies far less than that of independent ones.
+    assert draws.mean(axis=1).std() < 0.1 * 289 / np.sqrt(batch)
+    assert set(np.asarray(dfn.stratified_timesteps(KEY, 10, 10))) == set(range(10))
+
+
+def test_importance_sampling():
+    sampler = dfn.LossSecondMoment(4, terms=2)
+    scale = jnp.asarray([1.0, 2.0, 3.0, 10.0])
+    t = jnp.asarray([0, 1, 2, 3, 0, 1, 2], jnp.int32)
+    sampler = jax.jit(lambda s: s.update(t, scale[t]))(sampler)
+    # Uniform until every step has had two.
+    assert tree_allclose(sampler.probabilities, jnp.full(4, 0.25))
+    assert tree_allclose(sampler.sample(KEY, 5)[1], jnp.ones(5))
+    sampler = sampler.update(t[3:4], scale[t[3:4]])
+    expected = 0.999 * scale / scale.sum() + 0.001 / 4
+    assert tree_allclose(sampler.probabilities, expected, 1e-6)
+    t, weight = sampler.sample(KEY, 20_000)
+    shares = np.bincount(t, minlength=4) / 20_000
+    assert np.abs(shares - expected).max() < 4 * 0.5 / np.sqrt(20_000)
+    # Weighted, the mean is that of uniform steps.
+    values = np.asarray(weight * scale[t], np.float64)
+    assert abs(values.mean() - 4.0) < 4 * values.std() / np.sqrt(20_000) + 1e-3
+    # Only the latest are remembered.
+    for _ in range(2):
+        sampler = sampler.update(jnp.arange(4), jnp.ones(4))
+    assert tree_allclose(sampler.probabilities, jnp.full(4, 0.25), 1e-6)
+
+
+def test_importance_sampling_in_a_training_loop():
+    schedule, optimizer = SHORT, optax.sgd(0.1)
+
+    def loss(network, example, key):
+        image, label, t, weight = example
+        return weight * dfn.hybrid_loss(network, schedule, image, label, key=key, t=t)
+
+    step = edt.make_train_step(loss, optimizer)
+    state, sampler = edt.init_state(tiny(), optimizer), dfn.LossSecondMoment(schedule.steps)
+    metrics = {}
+    for i in range(2):
+        t, weight = sampler.sample(jax.random.key(i), 8)
+        state, metrics = step(state, (images(8), jnp.arange(8), t, weight), KEY)
+        sampler = sampler.update(t, metrics["losses"] / weight)
+    assert sampler.counts.sum() == 16
+    assert metrics["loss"] == pytest.approx(float(metrics["losses"].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [dfn.simple_loss, dfn.hybrid_loss, dfn.vlb_loss])
+def test_unknown_prediction(loss):
+    with pytest.raises(ValueError, match="prediction='noise' is unknown: choose from eps, x0, v"):
+        loss(tiny(), FULL, images(1)[0], jnp.asarray(3), key=KEY, prediction="noise")
+
+
+def test_bad_input():
+    network, x0 = tiny(), images(1)[0]
+    with pytest.raises(ValueError, match="likelihood='discrete' is unknown: choose from pixels"):
+        dfn.hybrid_loss(network, FULL, x0, jnp.asarray(3), key=KEY, likelihood="discrete")
+    with pytest.raises(ValueError, match="variance='fixed' is unknown"):
+        dfn.vlb_loss(network, FULL, x0, jnp.asarray(3), key=KEY, variance="fixed")
+    with pytest.raises(ValueError, match="gamma=0 must be above 0"):
+        dfn.min_snr_weight(FULL, 3, gamma=0)
+    with pytest.raises(ValueError, match="t=1000 is no index"):
+        dfn.simple_loss(network, FULL, x0, jnp.asarray(3), key=KEY, t=1000)
