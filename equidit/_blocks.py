@@ -5,9 +5,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._layers import MLP, Attention, LayerNorm, Linear, zeros
+from ._layers import MLP, Attention, LayerNorm, Linear, hidden_size, zeros
 from ._ops import layer_norm, modulate
 from ._types import Conditioning, Number
 
@@ -53,7 +53,7 @@ class AdaLNZeroBlock(eqx.Module):
         """
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
         self.attention = attention(dim, num_heads, key=attention_key)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
         self.norm = norm
 
@@ -63,7 +63,7 @@ class AdaLNZeroBlock(eqx.Module):
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
         x = modulate(self.norm(tokens), shift_a, scale_a)
-        tokens = tokens + gate_a[None] * self.attention(x, positions=cond.positions)
+        tokens = tokens + gate_a[None] * _self_attention(self.attention, x, cond)
         return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
 
@@ -96,7 +96,7 @@ class AdaLNBlock(eqx.Module):
     ):
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
         self.attention = attention(dim, num_heads, key=attention_key)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 4 * dim, init=zeros, key=modulation_key)
         self.norm = norm
 
@@ -106,7 +106,7 @@ class AdaLNBlock(eqx.Module):
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, shift_m, scale_m = jnp.split(modulation, 4)
         x = modulate(self.norm(tokens), shift_a, scale_a)
-        tokens = tokens + self.attention(x, positions=cond.positions)
+        tokens = tokens + _self_attention(self.attention, x, cond)
         return tokens + self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
 
@@ -149,22 +149,14 @@ class InContextBlock(eqx.Module):
         self.norm_attention = norm(dim)
         self.attention = attention(dim, num_heads, key=attention_key)
         self.norm_mlp = norm(dim)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
-        mask = _mask_of_all(tokens, cond)
         x = self.norm_attention(tokens)
-        tokens = tokens + self.attention(x, mask=mask, positions=cond.positions)
+        tokens = tokens + _self_attention(self.attention, x, cond)
         return tokens + self.mlp(self.norm_mlp(tokens))
-
-
-def _mask_of_all(tokens: Array, cond: Conditioning) -> Bool[Array, " tokens"] | None:
-    """The mask of the appended tokens, which are the last, with the image's before it."""
-    if cond.mask is None:
-        return None
-    return jnp.pad(cond.mask, (tokens.shape[0] - cond.mask.shape[0], 0), constant_values=True)
 
 
 class CrossAttentionBlock(eqx.Module):
@@ -201,13 +193,13 @@ class CrossAttentionBlock(eqx.Module):
         self.norm_cross = norm(dim)
         self.cross = attention(dim, num_heads, key=cross_key)
         self.norm_mlp = norm(dim)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
         context = tokens_of(cond, reader="CrossAttentionBlock")
-        tokens = tokens + self.attention(self.norm_attention(tokens), positions=cond.positions)
+        tokens = tokens + _self_attention(self.attention, self.norm_attention(tokens), cond)
         tokens = tokens + self.cross(self.norm_cross(tokens), context, cond.mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
@@ -248,7 +240,7 @@ class TextCrossAttentionBlock(eqx.Module):
         attention_key, cross_key, mlp_key, modulation_key = jax.random.split(key, 4)
         self.attention = attention(dim, num_heads, key=attention_key)
         self.cross = cross(dim, num_heads, key=cross_key)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), key=mlp_key)
+        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
         self.norm = norm
 
@@ -259,9 +251,15 @@ class TextCrossAttentionBlock(eqx.Module):
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
         x = modulate(self.norm(tokens), shift_a, scale_a)
-        tokens = tokens + gate_a[None] * self.attention(x, positions=cond.positions)
+        tokens = tokens + gate_a[None] * _self_attention(self.attention, x, cond)
         tokens = tokens + self.cross(self.norm(tokens), context, cond.mask)
         return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
+
+
+def _self_attention(attention: Any, x: Array, cond: Conditioning) -> Array:
+    # A mask beside `tokens` is theirs; alone it is that of all tokens, some of them appended.
+    mask = cond.mask if cond.tokens is None else None
+    return attention(x, mask=mask, positions=cond.positions)
 
 
 def tokens_of(cond: Conditioning, *, reader: str) -> Float[Array, "cond dim"]:

@@ -82,9 +82,10 @@ class TextEmbedder(eqx.Module):
         check_positive(text_dim=text_dim, dim=dim, max_length=max_length)
         null_key, up_key, down_key, pooled_key = jax.random.split(key, 4)
         self.null = normal_02(null_key, (max_length, text_dim))
-        self.up = Linear(text_dim, dim, init=normal_02, key=up_key)
-        self.down = Linear(dim, dim, init=normal_02, key=down_key)
-        self.pooled = Linear(dim, dim, init=normal_02, key=pooled_key)
+        # Xavier's scale serves every width; the paper's normal 0.02 mutes prompts in a narrow one.
+        self.up = Linear(text_dim, dim, key=up_key)
+        self.down = Linear(dim, dim, key=down_key)
+        self.pooled = Linear(dim, dim, key=pooled_key)
 
     def __call__(
         self, embeddings: Float[Array, "length text_dim"], mask: Bool[Array, " length"]

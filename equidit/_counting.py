@@ -7,14 +7,23 @@ from typing import Any
 import equinox as eqx
 
 # Kernels whose work cannot be read off their operands.
-_OPAQUE = {"pallas_call", "custom_call", "ffi_call", "tpu_custom_call"}
+_OPAQUE = {
+    "custom_call",
+    "custom_linear_solve",
+    "ffi_call",
+    "pallas_call",
+    "ragged_dot",
+    "ragged_dot_general",
+    "tpu_custom_call",
+}
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:
     """Multiply-adds of the matrix products and convolutions in `function(*args)`.
 
     Nothing is computed. The body of a `lax.scan` counts as often as it runs, and of a `lax.cond`
-    the dearest branch; what `jax.checkpoint` computes again counts again.
+    the dearest branch; what `jax.checkpoint` computes again counts again; what every device of a
+    `jax.shard_map` computes counts for each.
 
     **Arguments:**
 
@@ -61,6 +70,8 @@ def _count_equation(equation: Any) -> int:
         )
     if name == "cond":
         return max(inner)
+    if name == "shard_map":
+        return sum(inner) * params["mesh"].size
     return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
 
 

@@ -152,12 +152,21 @@ class DiT(eqx.Module):
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
         tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
         conditioning = self.conditioner(t, cond)
+        if conditioning.vector.shape[0] != tokens.shape[1]:
+            raise ValueError(
+                f"the conditioner's vector has {conditioning.vector.shape[0]} entries, but "
+                f"hidden_size={tokens.shape[1]}"
+            )
         rows, columns = jnp.meshgrid(*map(jnp.arange, grid), indexing="ij")
         positions = jnp.stack([rows.ravel(), columns.ravel()], axis=1).astype(jnp.float32)
         if self.append_cond:
             appended = tokens_of(conditioning, reader="DiT with append_cond=True").astype(dtype)
             tokens = jnp.concatenate([tokens, appended])
             positions = jnp.pad(positions, ((0, appended.shape[0]), (0, 0)))
+            mask = conditioning.mask
+            if mask is not None:
+                mask = jnp.pad(mask, (grid[0] * grid[1], 0), constant_values=True)
+            conditioning = dataclasses.replace(conditioning, tokens=None, mask=mask)
         if conditioning.positions is None:
             conditioning = dataclasses.replace(conditioning, positions=positions)
         return tokens, conditioning

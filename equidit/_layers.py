@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._common import check_positive
 from ._ops import layer_norm, modulate, rms_norm
-from ._types import Conditioning
+from ._types import Conditioning, Number
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
@@ -45,7 +45,19 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_features)
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens out"]:
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"x has {x.shape[-1]} features, but the layer was made for {self.weight.shape[1]}"
+            )
         return _affine(x, self.weight, self.bias)
+
+
+def hidden_size(dim: int, mlp_ratio: Number) -> int:
+    """An MLP's hidden size; `ValueError` if it is below 1."""
+    size = int(dim * mlp_ratio)
+    if size < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP of dim={dim} no hidden features")
+    return size
 
 
 def _affine(x: Array, weight: Array, bias: Array) -> Array:

@@ -51,7 +51,8 @@ def log_variance_of(schedule: Schedule, t: Index, values: Image | None, variance
             )
         fraction = (values + 1) / 2
         upper, lower = (
-            at(table, t) for table in (schedule.log_betas, schedule.posterior_log_variance_clipped)
+            at(table, t).astype(values.dtype)
+            for table in (schedule.log_betas, schedule.posterior_log_variance_clipped)
         )
         return fraction * upper + (1 - fraction) * lower
     lower = at(schedule.posterior_log_variance_clipped, t)
@@ -100,9 +101,9 @@ def vb_term(
     true_mean, true_log_variance = posterior(schedule, x0, xt, t)
     kl = _gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     if likelihood == "pixels":
-        nll = -_discretized_log_likelihood(x0, mean, log_variance / 2)
+        nll = -_discretized_log_likelihood(upcast(x0), mean, log_variance / 2)
     else:
-        square = jnp.square(x0 - mean) * jnp.exp(-log_variance)
+        square = jnp.square(upcast(x0) - mean) * jnp.exp(-log_variance)
         nll = 0.5 * (square + log_variance + math.log(2 * math.pi))
     return jnp.where(jnp.asarray(t) == 0, nll, kl).mean() / math.log(2)
 
@@ -151,7 +152,7 @@ def _mse(
         target = predict_v(schedule, x0, t, noise)
     else:
         target = noise if prediction == "eps" else x0
-    return jnp.square(value - target).mean()
+    return jnp.square(value - upcast(target)).mean()
 
 
 def _gaussian_kl(mean_p: Array, log_var_p: Array, mean_q: Array, log_var_q: Array) -> Array:
@@ -186,6 +187,7 @@ def _corrupt(
     t_key, noise_key = jax.random.split(key)
     if t is None:
         t = jax.random.randint(t_key, (), 0, schedule.steps)
+    x0 = upcast(x0)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     xt = q_sample(schedule, x0, t, noise)
@@ -270,6 +272,8 @@ def rescaled_hybrid_loss(
     """[`equidit.diffusion.hybrid_loss`][] with the bound weighted by steps/1000: 0.001 times the
     whole bound, however long the schedule. At 1000 steps the two losses are the same.
 
+    **Arguments:** those of [`equidit.diffusion.hybrid_loss`][] but `vb_weight`.
+
     ??? cite
 
         Equation 16 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
@@ -296,8 +300,8 @@ def vlb_loss(
     Its mean over uniform steps is the bound in bits per dimension. Mean and variance both learn
     from it. Noisy: see [`equidit.diffusion.LossSecondMoment`][].
 
-    **Arguments:** those of [`equidit.diffusion.simple_loss`][] and
-    [`equidit.diffusion.vb_term`][].
+    **Arguments:** those of [`equidit.diffusion.simple_loss`][] but `weight`, and `variance` and
+    `likelihood` as for [`equidit.diffusion.vb_term`][].
 
     ??? cite
 
@@ -332,7 +336,9 @@ def min_snr_weight(
     if gamma <= 0:
         raise ValueError(f"gamma={gamma} must be above 0")
     snr = at(schedule.snr, t)
-    return jnp.minimum(snr, gamma) / {"eps": snr, "x0": 1.0, "v": snr + 1}[prediction]
+    if prediction == "eps":
+        return jnp.minimum(1.0, gamma / snr)
+    return jnp.minimum(snr, gamma) / (1.0 if prediction == "x0" else snr + 1)
 
 
 class BitsPerDim(eqx.Module):

@@ -206,10 +206,11 @@ def rotary_2d(
             "choose another hidden size or number of heads"
         )
     quarter = head_dim // 4
+    positions = upcast(positions)
     frequency = jnp.asarray(float(theta) ** (-np.arange(quarter) / quarter), positions.dtype)
 
     def turn(half: Array, position: Float[Array, " tokens"]) -> Array:
-        angle = upcast(position[:, None] * frequency[None])[:, None]
+        angle = (position[:, None] * frequency[None])[:, None]
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         a, b = jnp.split(upcast(half), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,14 +214,23 @@ def validate(
         noise = jax.random.normal(noise_key, (4, *image.shape))
 
         def term(t: Array, noise: Array) -> Float[Array, ""]:
-            xt = dfn.q_sample(schedule, image, t, noise)
-            output = network(xt, schedule.time[t], label)
-            return sum(dfn.hybrid_terms(schedule, output, image, xt, t, noise), jnp.zeros(()))
+            return dfn.hybrid_loss(network, schedule, image, label, key=key, t=t, noise=noise)
 
         return jax.vmap(term)(t, noise)
 
     keys = jax.random.split(key, images.label.shape[0])
     return jax.vmap(terms)(images.image, images.label, keys).mean(axis=0)
+
+
+def validation(settings: Settings, state: TrainState, held_out: Images) -> dict[str, Any]:
+    """The row of metrics.jsonl for a state: its EMA's loss on the held-out images."""
+    schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
+    quartiles = np.asarray(validate(state.ema, schedule, held_out, settings.key(2)))
+    return {
+        "step": int(state.step),
+        "validation_loss": float(quartiles.mean()),
+        "validation_loss_by_quartile": quartiles.tolist(),
+    }
 
 
 class Interrupts:
@@ -240,8 +250,18 @@ class Interrupts:
         signal.signal(signal.SIGINT, self.previous)
 
 
-def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) -> bool:
+def train(
+    settings: Settings,
+    folder: Folder,
+    *,
+    resume: bool,
+    overwrite: bool,
+    given: Collection[str] = (),
+) -> bool:
     """Trains to the end, or to the first Ctrl-C: whether it got to the end.
+
+    A run that is resumed keeps its saved settings; `given` names those of `settings` that were
+    asked for nevertheless.
 
     **Raises:**
 
@@ -249,7 +269,7 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
     for settings that do not fit each other, the devices, or the run to go on with.
     """
     if resume:
-        settings = _merge(settings, folder.settings())
+        settings = _merge(settings, folder.settings(), given)
         state = restore(folder, settings)
         if int(state.step) > settings.steps:
             raise ValueError(
@@ -295,15 +315,9 @@ def train(settings: Settings, folder: Folder, *, resume: bool, overwrite: bool) 
                     )
                 folder.append({"step": done} | row)
             if save:
+                # The checkpoint last: rows beyond it are dropped when the run goes on.
+                folder.append(validation(settings, state, held_out))
                 checkpoint.save(folder.checkpoint, state)
-                quartiles = np.asarray(validate(state.ema, schedule, held_out, settings.key(2)))
-                folder.append(
-                    {
-                        "step": done,
-                        "validation_loss": float(quartiles.mean()),
-                        "validation_loss_by_quartile": quartiles.tolist(),
-                    }
-                )
                 _report.loss_curve(folder.loss, folder.rows())
                 if not stop:
                     images = sample(settings, state.ema, np.arange(100) // 10)
@@ -372,21 +386,23 @@ def report(folder: Folder, *, samples: int = 500) -> dict[str, Any]:
     """Draws from a finished run; writes samples.png and report.json and returns the latter."""
     settings = folder.settings()
     label = np.arange(samples, dtype=np.int32) % DIGITS_CLASSES
-    image = sample(settings, restore(folder, settings).ema, label)
+    state = restore(folder, settings)
+    image = sample(settings, state.ema, label)
     first = image[: 10 * DIGITS_CLASSES].reshape(10, DIGITS_CLASSES, *DIGITS_SHAPE)
     _report.grid(folder.samples, first.swapaxes(0, 1), range(DIGITS_CLASSES))
-    validation = [row for row in folder.rows() if "validation_loss" in row][-1]
-    figures = validation | _report.quality(Images(image, label), *digits())
+    train_set, held_out = digits()
+    figures = validation(settings, state, held_out)
+    figures |= _report.quality(Images(image, label), train_set, held_out)
     folder.report.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 
-def _merge(given: Settings, saved: Settings) -> Settings:
+def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:
     """The saved settings, with what may change in mid-run as given."""
     changed = {
-        field.name: getattr(given, field.name)
-        for field in dataclasses.fields(Settings)
-        if getattr(given, field.name) not in (field.default, getattr(saved, field.name))
+        name: getattr(settings, name)
+        for name in settings.record().keys() & set(given)
+        if getattr(settings, name) != getattr(saved, name)
     }
     if fixed := changed.keys() - {"steps", "log_every", "sample_every"}:
         listed = ", ".join(f"{n}={changed[n]} (was {getattr(saved, n)})" for n in sorted(fixed))

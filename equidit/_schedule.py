@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ._common import upcast
+
 Image = Float[Array, "channels height width"]
-Index = Int[Array, ""] | int
+Index = Int[Array, ""] | int | np.integer
 PREDICTIONS = ("eps", "x0", "v")
 SPACINGS = ("fractional", "leading", "trailing", "linspace")
 
@@ -17,7 +19,7 @@ def linear_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
 
     **Arguments:**
 
-    - `steps`: at least 21, where the last beta reaches 1 (`ValueError` below).
+    - `steps`: at least 21 (`ValueError` below, where the last beta would reach 1).
 
     **Returns:**
 
@@ -53,7 +55,7 @@ def cosine_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
 
 
 def space_timesteps(
-    steps: int, spec: str | int | Sequence[int], spacing: str = "fractional"
+    steps: int, spec: str | int | np.integer | Sequence[int], spacing: str = "fractional"
 ) -> tuple[int, ...]:
     """Which steps of a long schedule a short one keeps.
 
@@ -63,10 +65,10 @@ def space_timesteps(
     - `spec`: a count (`250` or `"250"`): that many, spread evenly from the first step to the last;
         or counts for equal sections of the schedule (`"10,15,20"` or `[10, 15, 20]`), each spread
         likewise within its own; or `"ddim50"`: every k-th step for the whole k that gives 50.
-    - `spacing`: how one count is spread. `"fractional"`, ADM's, and `"linspace"` from the first
-        step to the last, rounded; `"leading"` at every k-th step from the first, k whole;
-        `"trailing"` at even distances back from the last, which it always keeps. Of 1000 steps 10
-        are 0, 111, ..., 999; 0, 100, ..., 900; and 99, 199, ..., 999.
+    - `spacing`: how one count is spread. `"fractional"`, ADM's, and `"linspace"`, diffusers', from
+        the first step to the last, rounded (they differ in ties); `"leading"` at every k-th step
+        from the first, k whole; `"trailing"` at even distances back from the last, which it always
+        keeps. Of 1000 steps 10 are 0, 111, ..., 999; 0, 100, ..., 900; and 99, 199, ..., 999.
 
     **Returns:**
 
@@ -87,7 +89,7 @@ def space_timesteps(
     if isinstance(spec, str) and spec.startswith("ddim"):
         if spacing != "fractional":
             raise ValueError(f"spec={spec!r} names a spacing of its own: leave out {spacing!r}")
-        (count,) = _counts(spec.removeprefix("ddim"), spec)
+        (count,) = _counts(spec.removeprefix("ddim"), spec, most=1)
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return tuple(range(0, steps, stride))
@@ -102,7 +104,11 @@ def space_timesteps(
         if not 1 <= count <= size:
             raise ValueError(f"spec={spec!r} asks for {count} of a section of {size} steps")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(stride * i) for i in range(count)]
+        # Added up, as ADM does: a product would round other ties.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
         start += size
     return tuple(kept)
 
@@ -122,11 +128,15 @@ def _spread(steps: int, counts: list[int], spec: Any, spacing: str) -> tuple[int
     return tuple(int(step) for step in kept)
 
 
-def _counts(text: str | int | Sequence[int], spec: Any) -> list[int]:
+def _counts(
+    text: str | int | np.integer | Sequence[int], spec: Any, most: int | None = None
+) -> list[int]:
     try:
-        if isinstance(text, str):
-            return [int(part) for part in text.split(",")]
-        return [text] if isinstance(text, int) else [int(count) for count in text]
+        parts = text.split(",") if isinstance(text, str) else np.atleast_1d(text)
+        counts = [int(part) for part in parts]
+        if not counts or len(counts) > (most or len(counts)):
+            raise ValueError
+        return counts
     except (TypeError, ValueError):
         raise ValueError(f"spec={spec!r} is none of '250', '10,15,20' and 'ddim50'") from None
 
@@ -164,17 +174,21 @@ class Schedule(eqx.Module):
     def __init__(self, betas: Any, keep: Sequence[int] | None = None):
         """**Arguments:**
 
-        - `betas`: float64 betas in (0, 1], e.g. [`equidit.diffusion.linear_betas`][].
+        - `betas`: float64 betas in (0, 1], e.g. [`equidit.diffusion.linear_betas`][]. Only the last
+            may be 1; nothing is left of `x0` then, and the network must predict x0 or v.
         - `keep`: indices to respace to, e.g. from [`equidit.diffusion.space_timesteps`][]; the new
             betas give the kept steps the same `alphas_cumprod`. `None` keeps all.
 
         **Raises:**
 
-        `ValueError` for betas outside (0, 1] and for `keep` that is not increasing or out of range.
+        `ValueError` for betas outside (0, 1], a 1 before the last, and for `keep` that is not
+        increasing or out of range.
         """
         betas = np.asarray(betas, np.float64)
         if betas.ndim != 1 or not len(betas) or not np.all((betas > 0) & (betas <= 1)):
             raise ValueError("betas must be one row of numbers in (0, 1]")
+        if np.any(betas[:-1] == 1):
+            raise ValueError("betas must be below 1 before the last: a 1 leaves nothing of x0")
         kept = np.arange(len(betas)) if keep is None else np.asarray(keep)
         if (
             kept.ndim != 1
@@ -195,6 +209,8 @@ class Schedule(eqx.Module):
         def table(values: np.ndarray) -> Array:
             return jnp.asarray(values, jnp.float32)
 
+        with np.errstate(divide="ignore"):
+            recip, snr = 1 / signal, signal / (1 - signal)
         self.time = table(kept)
         self.betas = table(betas)
         self.log_betas = table(np.log(betas))
@@ -204,9 +220,9 @@ class Schedule(eqx.Module):
         self.sqrt_alphas_cumprod_prev = table(np.sqrt(signal_prev))
         self.sqrt_one_minus_alphas_cumprod = table(np.sqrt(1 - signal))
         self.one_minus_alphas_cumprod_prev = table(1 - signal_prev)
-        self.snr = table(signal / (1 - signal))
-        self.sqrt_recip_alphas_cumprod = table(np.sqrt(1 / signal))
-        self.sqrt_recipm1_alphas_cumprod = table(np.sqrt(1 / signal - 1))
+        self.snr = table(snr)
+        self.sqrt_recip_alphas_cumprod = table(np.sqrt(recip))
+        self.sqrt_recipm1_alphas_cumprod = table(np.sqrt(recip - 1))
         self.posterior_variance = table(variance)
         self.posterior_log_variance_clipped = table(np.log(clipped))
         self.posterior_mean_coef1 = table(betas * np.sqrt(signal_prev) / (1 - signal))
@@ -220,17 +236,25 @@ class Schedule(eqx.Module):
 
 def at(table: Float[Array, " steps"], t: Index) -> Float[Array, ""]:
     """A table's entry at step `t`; `ValueError` or, if `t` is traced, NaN where there is none."""
-    if isinstance(t, int) and not 0 <= t < table.shape[0]:
+    if isinstance(t, int | np.integer) and not 0 <= t < table.shape[0]:
         raise ValueError(f"t={t} is no index of a schedule of {table.shape[0]} steps")
     # A traced index out of range gives NaN rather than, silently, the nearest step.
     return table.at[t].get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
 
 
+def times(table: Float[Array, " steps"], t: Index, x: Image) -> Image:
+    """A table's entry at step `t` times `x`, in at least float32."""
+    x = upcast(x)
+    return at(table, t).astype(x.dtype) * x
+
+
 def q_sample(schedule: Schedule, x0: Image, t: Index, noise: Image) -> Image:
-    """The forward process: `x0` with the noise of step `t` (DDPM, equation 4)."""
-    return at(schedule.sqrt_alphas_cumprod, t) * x0 + (
-        at(schedule.sqrt_one_minus_alphas_cumprod, t) * noise
-    )
+    """The forward process: `x0` with the noise of step `t` (DDPM, equation 4).
+
+    Computed and returned in at least float32, as all of these functions are.
+    """
+    signal = times(schedule.sqrt_alphas_cumprod, t, x0)
+    return signal + times(schedule.sqrt_one_minus_alphas_cumprod, t, noise)
 
 
 def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image, Float[Array, ""]]:
@@ -238,22 +262,22 @@ def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image
 
     The log-variance at `t = 0`, minus infinity, is replaced by that of `t = 1`.
     """
-    mean = at(schedule.posterior_mean_coef1, t) * x0 + at(schedule.posterior_mean_coef2, t) * xt
-    return mean, at(schedule.posterior_log_variance_clipped, t)
+    mean = times(schedule.posterior_mean_coef1, t, x0)
+    mean = mean + times(schedule.posterior_mean_coef2, t, xt)
+    return mean, at(schedule.posterior_log_variance_clipped, t).astype(mean.dtype)
 
 
 def predict_x0(schedule: Schedule, xt: Image, t: Index, eps: Image) -> Image:
     """The clean example that `eps` implies: the inverse of [`equidit.diffusion.q_sample`][]."""
-    return at(schedule.sqrt_recip_alphas_cumprod, t) * xt - (
-        at(schedule.sqrt_recipm1_alphas_cumprod, t) * eps
-    )
+    scaled = times(schedule.sqrt_recip_alphas_cumprod, t, xt)
+    return scaled - times(schedule.sqrt_recipm1_alphas_cumprod, t, eps)
 
 
 def predict_eps(schedule: Schedule, xt: Image, t: Index, x0: Image) -> Image:
     """The noise that `x0` implies: the inverse of [`equidit.diffusion.predict_x0`][]."""
-    return (at(schedule.sqrt_recip_alphas_cumprod, t) * xt - x0) / (
-        at(schedule.sqrt_recipm1_alphas_cumprod, t)
-    )
+    if_clean = times(schedule.sqrt_alphas_cumprod, t, x0)
+    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t).astype(if_clean.dtype)
+    return (upcast(xt) - if_clean) / noise
 
 
 def predict_v(schedule: Schedule, x0: Image, t: Index, eps: Image) -> Image:
@@ -263,9 +287,8 @@ def predict_v(schedule: Schedule, x0: Image, t: Index, eps: Image) -> Image:
 
         Appendix D of [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512).
     """
-    return at(schedule.sqrt_alphas_cumprod, t) * eps - (
-        at(schedule.sqrt_one_minus_alphas_cumprod, t) * x0
-    )
+    signal = times(schedule.sqrt_alphas_cumprod, t, eps)
+    return signal - times(schedule.sqrt_one_minus_alphas_cumprod, t, x0)
 
 
 def x0_and_eps(
@@ -285,9 +308,9 @@ def x0_and_eps(
         return predict_x0(schedule, xt, t, value), value
     if prediction == "x0":
         return value, predict_eps(schedule, xt, t, value)
-    signal = at(schedule.sqrt_alphas_cumprod, t)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t)
-    return signal * xt - noise * value, noise * xt + signal * value
+    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    x0 = times(signal, t, xt) - times(noise, t, value)
+    return x0, times(noise, t, xt) + times(signal, t, value)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -6,8 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from ._common import upcast
 from ._objectives import log_variance_of, split_output
-from ._schedule import Image, Index, Schedule, at, posterior, predict_eps, x0_and_eps
+from ._schedule import (
+    Image,
+    Index,
+    Schedule,
+    at,
+    posterior,
+    predict_eps,
+    q_sample,
+    times,
+    x0_and_eps,
+)
 from ._types import Network, Number, Scalar
 
 
@@ -63,10 +75,10 @@ def ddpm_step(
     """
     x0, _, values = _predicted(network, schedule, x, t, cond, prediction, clip)
     mean, _ = posterior(schedule, x0, x, t)
-    deviation = jnp.exp(log_variance_of(schedule, t, values, variance) / 2)
-    noise = jax.random.normal(key, x.shape, x.dtype)
-    x = jnp.where(jnp.asarray(t) == 0, mean, mean + deviation * noise)
-    return (x, x0) if with_x0 else x
+    deviation = jnp.exp(log_variance_of(schedule, t, values, variance) / 2).astype(mean.dtype)
+    noise = jax.random.normal(key, x.shape, mean.dtype)
+    out = jnp.where(jnp.asarray(t) == 0, mean, mean + deviation * noise).astype(x.dtype)
+    return (out, x0.astype(x.dtype)) if with_x0 else out
 
 
 def ddim_step(
@@ -99,11 +111,15 @@ def ddim_step(
     if isinstance(eta, Number) and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1]: 0 is deterministic, 1 is DDPM's noise")
     x0, eps, _ = _predicted(network, schedule, x, t, cond, prediction, clip)
-    variance = jnp.square(eta) * at(schedule.posterior_variance, t)
-    direction = jnp.sqrt(jnp.maximum(at(schedule.one_minus_alphas_cumprod_prev, t) - variance, 0))
-    mean = at(schedule.sqrt_alphas_cumprod_prev, t) * x0 + direction * eps
-    x = mean + jnp.sqrt(variance) * jax.random.normal(key, x.shape, x.dtype)
-    return (x, x0) if with_x0 else x
+    deviation = eta * jnp.sqrt(at(schedule.posterior_variance, t))
+    remaining = at(schedule.one_minus_alphas_cumprod_prev, t) - jnp.square(deviation)
+    # Not sqrt(max(remaining, 0)), whose gradient at 0 is NaN.
+    positive = remaining > 0
+    direction = jnp.where(positive, jnp.sqrt(jnp.where(positive, remaining, 1.0)), 0.0)
+    mean = times(schedule.sqrt_alphas_cumprod_prev, t, x0) + direction.astype(eps.dtype) * eps
+    noise = jax.random.normal(key, x.shape, mean.dtype)
+    out = (mean + deviation.astype(mean.dtype) * noise).astype(x.dtype)
+    return (out, x0.astype(x.dtype)) if with_x0 else out
 
 
 def ddim_inversion_step(
@@ -130,12 +146,10 @@ def ddim_inversion_step(
     """
     value, _ = split_output(network(x, at(schedule.time, t), cond), x)
     _, eps = x0_and_eps(schedule, x, t, value, prediction)
-    signal_prev = at(schedule.sqrt_alphas_cumprod_prev, t)
-    noise_prev = jnp.sqrt(at(schedule.one_minus_alphas_cumprod_prev, t))
-    x0 = (x - noise_prev * eps) / signal_prev
-    return at(schedule.sqrt_alphas_cumprod, t) * x0 + (
-        at(schedule.sqrt_one_minus_alphas_cumprod, t) * eps
-    )
+    signal = at(schedule.sqrt_alphas_cumprod_prev, t).astype(eps.dtype)
+    noise = jnp.sqrt(at(schedule.one_minus_alphas_cumprod_prev, t)).astype(eps.dtype)
+    x0 = (upcast(x) - noise * eps) / signal
+    return q_sample(schedule, x0, t, eps).astype(x.dtype)
 
 
 def sample(
@@ -159,7 +173,7 @@ def sample(
         `partial(ddim_step, network, schedule)`. Make the `partial` inside the function that is
         jitted and pass the network to that as an argument: a closure would bake the weights into
         the program.
-    - `schedule`: gives the number of steps.
+    - `schedule`: the step's own: gives the number of steps.
     - `noise`: where to start: standard normal, in the shape of one example.
     - `cond`: passed to `step`.
     - `key`: of this example; every step gets its own.
@@ -176,12 +190,18 @@ def sample(
     The sample; with `has_aux` or `trajectory` the pair of it and what was collected, stacked along
     a new first axis in the order of the steps; with both, the pair `(examples, aux)` of these.
     """
+    _check_schedule(step, schedule)
     order = jnp.arange(schedule.steps)
 
     def body(carry: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Any]:
         x, bad = carry
         t = i if ascending else schedule.steps - 1 - i
         out = step(x, t, cond, key=jax.random.fold_in(key, t))
+        if has_aux != (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                f"has_aux={has_aux}, but the step returned a {type(out).__name__}: pass "
+                "has_aux=True exactly where it returns a pair, e.g. with_x0=True"
+            )
         x, aux = out if has_aux else (out, None)
         if progress is not None:
             jax.debug.callback(progress, i + 1)
@@ -197,9 +217,19 @@ def sample(
     return (x, aux if has_aux else states) if has_aux or trajectory else x
 
 
+def _check_schedule(step: Any, schedule: Schedule) -> None:
+    bound = [*step.args, *step.keywords.values()] if isinstance(step, partial) else []
+    for other in bound:
+        if isinstance(other, Schedule) and other.steps != schedule.steps:
+            raise ValueError(
+                f"the step was made with a schedule of {other.steps} steps, but schedule has "
+                f"{schedule.steps}: pass the same one to both"
+            )
+
+
 def _finite(tree: PyTree) -> Bool[Array, ""]:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    return jnp.asarray([True, *(jnp.isfinite(leaf).all() for leaf in leaves)]).all()
 
 
 def _raise_at(x: Any, bad: Int[Array, ""], steps: int) -> Any:

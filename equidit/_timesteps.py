@@ -14,8 +14,10 @@ def stratified_timesteps(
 
     Draw them beside the batch, and pass each example's to its loss as `t`.
     """
+    check_positive(steps=steps, batch_size=batch_size)
     draw_key, order_key = jax.random.split(key)
-    place = jnp.arange(batch_size) + jax.random.uniform(draw_key, (batch_size,))
+    within = jax.random.uniform(draw_key, (batch_size,))
+    place = jnp.arange(batch_size, dtype=within.dtype) + within
     t = jnp.minimum((place * (steps / batch_size)).astype(jnp.int32), steps - 1)
     return jax.random.permutation(order_key, t)
 
@@ -56,8 +58,10 @@ class LossSecondMoment(eqx.Module):
         steps, terms = self.losses.shape
         uniform = jnp.full(steps, 1 / steps)
         root = jnp.sqrt(jnp.square(self.losses).mean(axis=1))
-        mixed = 0.999 * root / root.sum() + 0.001 * uniform
-        return jnp.where((self.counts >= terms).all(), mixed, uniform)
+        total = root.sum()
+        known = (self.counts >= terms).all() & (total > 0)
+        mixed = 0.999 * root / jnp.where(known, total, 1.0) + 0.001 * uniform
+        return jnp.where(known, mixed, uniform)
 
     def sample(
         self, key: PRNGKeyArray, batch_size: int
@@ -72,12 +76,15 @@ class LossSecondMoment(eqx.Module):
     def update(
         self, t: Int[Array, " batch_size"], losses: Float[Array, " batch_size"]
     ) -> "LossSecondMoment":
-        """The sampler that has seen these (unweighted) losses too."""
+        """The sampler that has seen these (unweighted) losses too. Losses that are not finite are
+        left out."""
 
         def add(state: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple:
             (history, counts), (t, loss) = state, pair
-            history = history.at[t, counts[t] % history.shape[1]].set(loss)
-            return (history, counts.at[t].add(1)), None
+            finite = jnp.isfinite(loss)
+            place = (t, counts[t] % history.shape[1])
+            history = history.at[place].set(jnp.where(finite, loss, history[place]))
+            return (history, counts.at[t].add(finite.astype(counts.dtype))), None
 
         state, _ = jax.lax.scan(add, (self.losses, self.counts), (t, losses))
         return eqx.tree_at(lambda s: (s.losses, s.counts), self, state)

@@ -34,7 +34,9 @@ class Conditioning(eqx.Module):
 
     - `vector`: read by adaptive norms; the paper's timestep embedding + label embedding.
     - `tokens`: read by attention; the paper's sequence [timestep, label].
-    - `mask`: which of `tokens` may be attended to; `None` is all of them.
+    - `mask`: which of `tokens` may be attended to; `None` is all of them. Where the tokens were
+        appended to the image's (`DiT(append_cond=True)`), `tokens` is `None` in the blocks and
+        `mask` that of all tokens.
     - `positions`: row and column of every token, in patches; 0 for appended ones. `DiT` fills it
         in, since a conditioner does not know the size of the image.
     """

@@ -24,7 +24,10 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes the arrays of `tree` to a `.npz` file, replacing an older one only once complete."""
     with _replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in _named(tree).items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            info = zipfile.ZipInfo(f"{name}.npy")
+            # NumPy's format knows bfloat16 and its like only as nameless bytes.
+            info.comment = leaf.dtype.name.encode()
+            with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
 
 
@@ -91,7 +94,10 @@ def _is_array(leaf: Any) -> bool:
 
 def _named(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, _is_array))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two arrays of the tree have the same path: rename a key with a '/' in it")
+    return named
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -100,5 +106,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         for member in archive.infolist():
             # Reading a whole member verifies its CRC-32 before any of it is believed.
             data = io.BytesIO(archive.read(member))
-            arrays[member.filename.removesuffix(".npy")] = np.load(data, allow_pickle=False)
+            array = np.load(data, allow_pickle=False)
+            if array.dtype.kind == "V":
+                array = array.view(jnp.dtype(member.comment.decode()))
+            arrays[member.filename.removesuffix(".npy")] = array
     return arrays

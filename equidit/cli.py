@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     try:
         if isinstance(command, Train):
-            return _train(command)
+            return _train(command, _given(arguments))
         _sample(command)
         return 0
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
@@ -99,11 +99,18 @@ def run(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _train(command: Train) -> int:
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The settings that are named on the command line."""
+    flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def _train(command: Train, given: set[str]) -> int:
     if command.resume and command.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     folder = _run.Folder(command.out)
-    if not _run.train(command, folder, resume=command.resume, overwrite=command.overwrite):
+    options = {"resume": command.resume, "overwrite": command.overwrite}
+    if not _run.train(command, folder, **options, given=given):
         print(
             f"Stopped; the checkpoint is {folder.checkpoint}. To go on:\n"
             f"  equidit train {command.data} --out {shlex.quote(str(command.out))} --resume"

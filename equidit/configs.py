@@ -16,9 +16,10 @@ from ._blocks import (
     InContextBlock,
     TextCrossAttentionBlock,
 )
+from ._common import check_positive
 from ._conditioning import TextConditioner
 from ._dit import DiT
-from ._layers import FinalLayer, PlainFinalLayer
+from ._layers import FinalLayer, PlainFinalLayer, hidden_size
 from ._ops import grid_of
 from ._types import Number
 
@@ -74,6 +75,14 @@ class Config:
     remat: str | None = None
 
     def __post_init__(self):
+        check_positive(
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            in_channels=self.in_channels,
+            text_length=self.text_length,
+        )
         if self.block not in _DESIGNS:
             raise ValueError(f"block={self.block!r} is unknown: choose from {', '.join(_DESIGNS)}")
         if self.text_dim is not None and self.num_classes is not None:
@@ -210,7 +219,7 @@ def macs_by_part(config: str | Config, height: int = 32, width: int = 32) -> dic
         "conditioning": conditioning,
         "attention projections": c.depth * projections,
         "attention products": c.depth * products,
-        "mlp": c.depth * 2 * d * int(d * c.mlp_ratio) * n,
+        "mlp": c.depth * 2 * d * hidden_size(d, c.mlp_ratio) * n,
         "modulation": c.depth * design.modulation * d * d,
         "final": final + (2 * d * d if design.final is FinalLayer else 0),
     }

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._common import upcast
@@ -19,7 +21,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
 
     **Arguments:**
 
-    - `label`: the label, or any pytree of arrays.
+    - `label`: one example's label, or any pytree of arrays; it is dropped as a whole.
     - `null`: what stands for "none", of the same structure, else `ValueError`; for a class label
         `num_classes`.
     - `probability`: of dropping, in [0, 1]; the paper's is 0.1.
@@ -37,7 +39,16 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
         raise ValueError(f"probability={probability} must lie in [0, 1]")
     _check_structure(null, label)
     dropped = jax.random.bernoulli(key, probability)
-    return jax.tree.map(lambda a, b: jnp.where(dropped, jnp.asarray(b, a.dtype), a), label, null)
+
+    def drop(kept: Any, none: Any) -> Array:
+        kept = jnp.asarray(kept)
+        if not isinstance(none, Tracer) and jnp.issubdtype(kept.dtype, jnp.integer):
+            exact = np.asarray(none)
+            if np.any(exact.astype(kept.dtype) != exact):
+                raise ValueError(f"null={none} does not fit the label's dtype {kept.dtype}")
+        return jnp.where(dropped, jnp.asarray(none).astype(kept.dtype), kept)
+
+    return jax.tree.map(drop, label, null)
 
 
 class Guided(eqx.Module):
@@ -77,6 +88,11 @@ class Guided(eqx.Module):
         if channels > with_cond.shape[0]:
             raise ValueError(f"channels={channels}, but the output has only {with_cond.shape[0]}")
         scale = self.scale.astype(with_cond.dtype)
+        if reference.shape != with_cond.shape:
+            raise ValueError(
+                f"the reference's output has shape {reference.shape}, the network's "
+                f"{with_cond.shape}: they must predict the same"
+            )
         kept, reference = with_cond[:channels], reference[:channels]
         guided = kept + (scale - 1) * (kept - reference)
         if self.rescale is not None:

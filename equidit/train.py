@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
-from ._common import check_positive
+from ._common import check_positive, upcast
 from ._types import Loss, Number, Scalar
 
 Tree = TypeVar("Tree")
@@ -109,6 +109,11 @@ def make_train_step(
     check_positive(accumulate=accumulate)
     if mesh is not None and "data" not in mesh.axis_names:
         raise ValueError(f"mesh has the axes {mesh.axis_names}: one must be called 'data'")
+    if mesh is not None and mesh.axis_types[mesh.axis_names.index("data")] is not AxisType.Auto:
+        raise ValueError(
+            "the mesh's axis 'data' must be of type Auto: "
+            "jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))"
+        )
     axis = None if mesh is None else "data"
     devices = 1 if mesh is None else mesh.shape["data"]
 
@@ -119,6 +124,10 @@ def make_train_step(
         if dtype is not None:
             network = cast(network, dtype)
         losses = jax.vmap(lambda example, key: loss(network, example, key))(batch, keys)
+        if not eqx.is_array(losses) or losses.shape != keys.shape:
+            shapes = jax.tree.map(lambda leaf: leaf.shape[1:], losses)
+            raise ValueError(f"the loss must return one number an example, but returned {shapes}")
+        losses = upcast(losses)
         return losses.mean(), losses
 
     def update(
@@ -190,6 +199,11 @@ def make_train_step(
         state: TrainState, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         _check_batch(batch, devices, accumulate)
+        if mesh is not None:
+            # Already there, but for the first step: without it that would compile by itself.
+            arrays, static = eqx.partition(state, eqx.is_array)
+            arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+            state = eqx.combine(arrays, static)
         if dtype is None:
             return run((batch, key), state)
         # The gradient of JAX's own attention in low precision relies on implicit promotion.

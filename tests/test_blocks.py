@@ -258,9 +258,12 @@ def test_masked_tokens_do_not_matter(name):
 def test_in_context_masks_the_appended_tokens():
     block = new(edt.InContextBlock)
     both = jnp.concatenate([TOKENS[0], MATRICES[0]])
-    masked = edt.Conditioning(VECTORS[0], MATRICES[0], jnp.asarray([True, False]))
-    alone = edt.Conditioning(VECTORS[0], MATRICES[0][:1])
+    masked = edt.Conditioning(VECTORS[0], mask=jnp.arange(8) < 7)
+    alone = edt.Conditioning(VECTORS[0])
     assert tree_allclose(block(both, masked)[:7], block(both[:7], alone), 1e-6)
+    # Beside tokens that were not appended, a mask is theirs.
+    beside = edt.Conditioning(VECTORS[0], MATRICES[0], jnp.asarray([True, False]))
+    assert tree_allclose(block(TOKENS[0], beside), block(TOKENS[0], alone))
 
 
 def test_stack_takes_any_module():
@@ -322,6 +325,8 @@ def test_a_block_that_changes_the_shape_is_named(out, words):
         (lambda k: edt.Attention(30, 4, key=k), ["dim=30", "num_heads=4", "[1, 2, 3, 5, 6"]),
         (lambda k: edt.Attention(32, 0, key=k), ["num_heads=0"]),
         (lambda k: edt.Linear(0, 4, key=k), ["in_features=0"]),
+        (lambda k: edt.MLP(8, 16, key=k)(jnp.ones((3, 9))), ["9 features", "made for 8"]),
+        (lambda k: edt.AdaLNZeroBlock(8, 2, 0.01, key=k), ["mlp_ratio=0.01", "dim=8"]),
         (lambda k: edt.Stack(partial(edt.AdaLNZeroBlock, 8, 2), 0, key=k), ["depth=0"]),
         (
             lambda k: edt.Stack(partial(edt.AdaLNZeroBlock, 8, 2), 1, remat="all", key=k),

@@ -26,6 +26,19 @@ def test_round_trip_is_bit_for_bit(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_low_precision_and_names(tmp_path):
+    saved = edt.cast(state().ema, jnp.bfloat16)
+    checkpoint.save(tmp_path / "a.npz", saved)
+    restored = checkpoint.restore(tmp_path / "a.npz", shapes(saved))
+    assert tree_allclose(saved, restored)
+    assert restored.patch_embed.weight.dtype == jnp.bfloat16
+    with pytest.raises(checkpoint.CheckpointError, match=r"is bfloat16.*not float32"):
+        checkpoint.restore(tmp_path / "a.npz", state().ema)
+    with pytest.raises(ValueError, match="same path"):
+        checkpoint.save(tmp_path / "b.npz", {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
+    assert not (tmp_path / "b.npz").exists()
+
+
 def test_leaves_that_are_no_arrays_come_from_like(tmp_path):
     checkpoint.save(tmp_path / "a.npz", {"file": jnp.ones(2), "allow_pickle": jnp.zeros(1), "n": 3})
     like = {"file": jnp.zeros(2), "allow_pickle": jnp.ones(1), "n": 4}

@@ -210,6 +210,13 @@ def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
         assert "config.json is damaged" in error_of(capsys, "sample", tmp_path)
 
 
+def test_resume_takes_what_is_asked_for_even_if_it_is_the_default(trained, capsys):
+    # 64 is the default batch size, and this run's is 16.
+    message = error_of(capsys, "train", "--out", trained, "--resume", "--batch-size", 64)
+    assert "batch_size=64 (was 16)" in message
+    assert "seed=0" not in error_of(capsys, "train", "--out", trained, "--resume", "--steps=5")
+
+
 def test_resume_refuses_other_settings(trained, capsys):
     out = ("--out", trained, "--resume")
     message = error_of(capsys, "train", *out, "--batch-size", 32)

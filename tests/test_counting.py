@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import images, tiny
+from jax.sharding import AxisType, PartitionSpec
 
 import equidit as edt
 
@@ -56,6 +57,15 @@ def test_count(function, args, count):
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match=r"unknown number of times: use lax\.scan"):
         edt.count_macs(lambda a: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ B, a), A)
+
+
+def test_every_device_counts():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (PartitionSpec("data"), PartitionSpec())
+    shared = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    assert edt.count_macs(shared, A, B) == edt.count_macs(jnp.matmul, A, B)
+    with pytest.raises(ValueError, match="inside a ragged_dot"):
+        edt.count_macs(lambda a: jax.lax.ragged_dot(a, B[None], jnp.asarray([6])), A)
 
 
 def test_gradients_and_recomputation():

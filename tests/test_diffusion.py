@@ -70,6 +70,9 @@ def test_spacing_edges():
     # 11 steps in two sections of 6 and 5.
     assert dfn.space_timesteps(11, "2,2") == (0, 5, 6, 10)
     assert dfn.space_timesteps(10, "ddim5") == (0, 2, 4, 6, 8)
+    # A stride of 49.95: ADM adds it up, and so rounds the tenth step, 499.5, down.
+    assert dfn.space_timesteps(1000, 21)[10] == 499
+    assert dfn.space_timesteps(1000, np.int64(3)) == (0, 500, 999)
     one = dfn.Schedule(dfn.linear_betas(), [0])
     assert np.isfinite([np.asarray(table) for table in jax.tree.leaves(one)]).all()
 
@@ -114,6 +117,10 @@ def test_step_laws(step):
     # A bfloat16 network leaves the state in float32.
     low = step(edt.cast(network, jnp.bfloat16), schedule, x[1], t[1], label[1], key=KEY)
     assert low.dtype == jnp.float32
+    # A state in bfloat16 is computed on in float32 and stays what it was.
+    half = step(network, schedule, x[1].astype(jnp.bfloat16), t[1], label[1], key=KEY)
+    assert half.dtype == jnp.bfloat16
+    assert tree_allclose(loop[1], step(network, schedule, x[1], t[1], label[1], key=keys[1]), 1e-5)
     # The last step is deterministic.
     again = [one(x[0], t[0], label[0], jax.random.key(seed)) for seed in (1, 2)]
     assert tree_allclose(*again)
@@ -174,12 +181,12 @@ def test_conversions(betas, t):
         assert tree_allclose((x0, eps), dfn.x0_and_eps(s, xt, t, value, kind), 1e-6 / small)
 
 
-@every_step
+@pytest.mark.parametrize(
+    "step", [step for step in STEPS.values() if step is not dfn.ddim_inversion_step]
+)
 def test_clipping(step):
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
     network = lambda x, t, cond: jnp.concatenate([-90 * x, x])  # noqa: E731
-    if step is dfn.ddim_inversion_step:
-        return
     clipped = isinstance(step, partial) and step.keywords.get("clip", False)
     last, x0 = step(network, schedule, images(1)[0], 0, None, key=KEY, with_x0=True)
     assert tree_allclose(last, x0, 1e-6)
@@ -226,6 +233,51 @@ def test_sample_returns_what_is_asked_for():
     key = jax.random.fold_in(KEY, 4)
     first = dfn.ddpm_step(network, schedule, noise, 4, LABEL, key=key, with_x0=True)
     assert tree_allclose(first, (states[0], x0s[0]), 1e-5)
+
+
+def test_sample_in_low_precision():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
+    step = partial(dfn.ddpm_step, edt.cast(tiny(), jnp.bfloat16), schedule)
+    x = dfn.sample(step, schedule, images(1)[0].astype(jnp.bfloat16), LABEL, key=KEY)
+    assert x.dtype == jnp.bfloat16
+    assert np.isfinite(x.astype(jnp.float32)).all()
+    loss = dfn.hybrid_loss(tiny(), schedule, x, LABEL, key=KEY)
+    assert loss.dtype == jnp.float32
+
+
+def test_gradient_with_respect_to_eta_is_finite():
+    schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
+
+    def total(eta, t):
+        return dfn.ddim_step(tiny(), schedule, images(1)[0], t, LABEL, key=KEY, eta=eta).sum()
+
+    for t in (0, 3):
+        for eta in (0.0, 1.0):
+            assert np.isfinite(jax.grad(total)(jnp.asarray(eta), t))
+
+
+def test_zero_terminal_signal():
+    """A last beta of 1 leaves nothing of x0: x0- and v-prediction can start there."""
+    schedule = dfn.Schedule([0.1, 0.5, 1.0])
+    x0, noise = images(2)
+    assert tree_allclose(dfn.q_sample(schedule, x0, 2, noise), noise)
+    for kind in ("x0", "v"):
+        value = x0 if kind == "x0" else dfn.predict_v(schedule, x0, 2, noise)
+        assert tree_allclose((x0, noise), dfn.x0_and_eps(schedule, noise, 2, value, kind), 1e-6)
+        assert np.isfinite(dfn.min_snr_weight(schedule, 2, prediction=kind))
+    assert dfn.min_snr_weight(schedule, 2) == 1
+
+
+def test_sample_refuses_what_does_not_fit():
+    full, short = dfn.Schedule(dfn.linear_betas()), dfn.Schedule(dfn.linear_betas(), (0, 500))
+    x, network = images(1)[0], tiny()
+    with pytest.raises(ValueError, match="a schedule of 1000 steps, but schedule has 2"):
+        dfn.sample(partial(dfn.ddim_step, network, full), short, x, LABEL, key=KEY)
+    with_x0 = partial(dfn.ddim_step, network, short, with_x0=True)
+    with pytest.raises(ValueError, match="has_aux=False, but the step returned a tuple"):
+        dfn.sample(with_x0, short, x, LABEL, key=KEY)
+    with pytest.raises(ValueError, match="has_aux=True, but the step returned"):
+        dfn.sample(partial(dfn.ddim_step, network, short), short, x, LABEL, key=KEY, has_aux=True)
 
 
 def test_progress_is_reported_from_within_jit():
@@ -372,6 +424,9 @@ def test_sample_is_the_loop_and_compiles_one_step():
         (lambda: dfn.Schedule([0.1, 0.0]), ["(0, 1]"]),
         (lambda: dfn.Schedule([0.1, 1.1]), ["(0, 1]"]),
         (lambda: dfn.Schedule([]), ["betas"]),
+        (lambda: dfn.Schedule([1.0, 0.5]), ["below 1 before the last"]),
+        (lambda: dfn.space_timesteps(1000, []), ["[]", "'10,15,20'"]),
+        (lambda: dfn.space_timesteps(1000, "ddim50,10"), ["'ddim50,10'"]),
         (lambda: dfn.Schedule([0.1, 0.2], [1, 0]), ["keep=[1, 0]", "increasing"]),
         (lambda: dfn.Schedule([0.1, 0.2], [0, 2]), ["keep=[0, 2]", "2 steps"]),
         (lambda: dfn.space_timesteps(10, 11), ["spec=11", "11 of a section of 10"]),

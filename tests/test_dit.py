@@ -60,6 +60,7 @@ def test_in_context_appends_time_and_label_at_position_0():
     cond = network.conditioner(T, LABEL)
     assert tree_allclose(tokens[16:], cond.tokens)
     assert (conditioning.positions[16:] == 0).all()
+    assert conditioning.tokens is None
     assert conditioning.positions[15].tolist() == [3, 3]
     none = eqx.tree_at(lambda n: n.conditioner, network, lambda t, c: edt.Conditioning(cond.vector))
     with pytest.raises(ValueError, match="conditioner gave none"):
@@ -136,6 +137,10 @@ def test_your_own_conditioner_and_block():
     np.testing.assert_array_equal(seen[0], [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
 
 
+def narrow(t, cond):
+    return edt.Conditioning(jnp.ones(16))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -144,6 +149,7 @@ def test_your_own_conditioner_and_block():
         (lambda: tiny(num_heads=5), ["dim=32", "num_heads=5"]),
         (lambda: tiny(hidden_size=30, num_heads=5), ["hidden_size=30", "multiple of 4"]),
         (lambda: tiny(depth=0), ["depth=0"]),
+        (lambda: tiny(conditioner=narrow, num_classes=None)(images(1)[0], T, LABEL), ["16", "32"]),
         (lambda: tiny(num_classes=0), ["num_classes=0"]),
         (lambda: tiny(conditioner=abs), ["num_classes=10", "num_classes=None"]),
     ],

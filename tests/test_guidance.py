@@ -99,7 +99,7 @@ def test_laws_of_every_rule(rule):
     low = rule(edt.cast(tiny(), jnp.bfloat16), 3.0, NULL)
     assert low(X[0], T[3], LABEL[0]).dtype == jnp.float32
     assert low(X[0].astype(jnp.bfloat16), T[3], LABEL[0]).dtype == jnp.bfloat16
-    assert rule(tiny(), 1, NULL) is not None
+    assert rule(cond_network := tiny(), 1, NULL) is cond_network
     assert tree_allclose(evaluate(rule(tiny(), jnp.asarray(1.0), NULL)), cond, 1e-6)
 
 
@@ -206,6 +206,10 @@ def test_bad_input():
         edt.guide(tiny(), 2.0, NULL, interval=(5, 3))
     with pytest.raises(ValueError, match="null has the structure"):
         edt.guide(tiny(), 2.0, {"label": NULL})(X[0], T[0], LABEL[0])
+    with pytest.raises(ValueError, match="must predict the same"):
+        edt.guide(tiny(), 2.0, None, other=tiny(learn_sigma=False))(X[0], T[0], LABEL[0])
+    with pytest.raises(ValueError, match="null=1000 does not fit the label's dtype uint8"):
+        edt.drop_label(jnp.asarray(3, jnp.uint8), jnp.asarray(1000), 0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="null has the structure"):
         edt.drop_label({"a": LABEL[0]}, NULL, 0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="channels=0"):

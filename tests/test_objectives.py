@@ -115,24 +115,31 @@ def test_bounds_at_the_optimum(prediction, t):
 
 def test_losses_draw_uniform_steps_and_their_own_noise():
     network, x0 = tiny(), images(1)[0]
-    seen = []
+    seen, noisy = [], []
 
     def spy(x, t, cond):
         seen.append(int(t))
+        noisy.append(np.asarray(x))
         return network(x, t, cond)
 
     for i in range(200):
         dfn.simple_loss(spy, SHORT, x0, jnp.asarray(3), key=jax.random.key(i))
     assert set(seen) <= {int(t) for t in SHORT.time}
-    # Uniform on 0 to 999: mean 499.5, deviation 289.
+    # Uniform on 0 to 999: mean 499.5, deviation 289, of which the error is 289 sqrt(0.2 / n).
     assert abs(np.mean(seen) - 499.5) < 4 * 289 / np.sqrt(200)
+    assert abs(np.std(seen) - 289) < 4 * 289 * np.sqrt(0.2 / 200)
+    # At the noisiest steps nothing but noise is left, another one for each key.
+    last = np.stack([x for x, t in zip(noisy, seen, strict=True) if t > 800])
+    assert abs(last.std() - 1) < 4 / np.sqrt(2 * last.size)
+    assert np.abs(np.corrcoef(last.reshape(len(last), -1)) - np.eye(len(last))).max() < 0.7
 
 
-@pytest.mark.parametrize("loss", [dfn.hybrid_loss, dfn.rescaled_hybrid_loss])
-def test_rescaling_is_nothing_at_1000_steps(loss):
-    network, x0 = tiny(), images(1)[0]
-    value, plain = (f(network, FULL, x0, jnp.asarray(3), key=KEY) for f in (loss, dfn.hybrid_loss))
-    assert tree_allclose(value, plain)
+def test_rescaling_is_nothing_at_1000_steps():
+    network, args = tiny(), (images(1)[0], jnp.asarray(3))
+    plain, rescaled = (
+        loss(network, FULL, *args, key=KEY) for loss in (dfn.hybrid_loss, dfn.rescaled_hybrid_loss)
+    )
+    assert tree_allclose(plain, rescaled)
 
 
 def test_vlb_loss_teaches_mean_and_variance():
@@ -286,6 +293,13 @@ def test_importance_sampling():
     # Weighted, the mean is that of uniform steps.
     values = np.asarray(weight * scale[t], np.float64)
     assert abs(values.mean() - 4.0) < 4 * values.std() / np.sqrt(20_000) + 1e-3
+    # A loss that is not finite is left out.
+    poisoned = sampler.update(jnp.asarray([0, 3]), jnp.asarray([jnp.nan, jnp.inf]))
+    assert tree_allclose(poisoned.probabilities, sampler.probabilities)
+    assert tree_allclose(
+        dfn.LossSecondMoment(4, 1).update(jnp.arange(4), jnp.zeros(4)).probabilities,
+        jnp.full(4, 0.25),
+    )
     # Only the latest are remembered.
     for _ in range(2):
         sampler = sampler.update(jnp.arange(4), jnp.ones(4))
@@ -322,6 +336,8 @@ def test_bad_input():
         dfn.hybrid_loss(network, FULL, x0, jnp.asarray(3), key=KEY, likelihood="discrete")
     with pytest.raises(ValueError, match="variance='fixed' is unknown"):
         dfn.vlb_loss(network, FULL, x0, jnp.asarray(3), key=KEY, variance="fixed")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        dfn.stratified_timesteps(KEY, 1000, 0)
     with pytest.raises(ValueError, match="gamma=0 must be above 0"):
         dfn.min_snr_weight(FULL, 3, gamma=0)
     with pytest.raises(ValueError, match="t=1000 is no index"):

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 from typing import Any
 
@@ -155,17 +156,15 @@ def test_state_is_donated_and_the_ema_is_a_copy():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, BATCH, KEY)))
 
 
-def test_compiles_once():
-    traces = []
-
-    def spy(network, example, key):
-        traces.append(None)
-        return loss(network, example, key)
-
-    state, step = edt.init_state(tiny(), SGD), edt.make_train_step(spy, SGD)
-    for _ in range(3):
-        state, _ = step(state, BATCH, KEY)
-    assert len(traces) == 1
+@pytest.mark.parametrize("devices", [1, 2])
+def test_compiles_once(devices, caplog):
+    state = edt.init_state(tiny(), SGD)
+    step = edt.make_train_step(loss, SGD, mesh=mesh(devices) if devices > 1 else None)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for _ in range(3):
+            state, _ = step(state, BATCH, KEY)
+    compiled = [r for r in caplog.messages if re.search(r"Compiling (jit\(run\)|run)\b", r)]
+    assert len(compiled) == 1, caplog.messages
 
 
 def test_learns():
@@ -233,6 +232,15 @@ def test_batch_that_does_not_divide(options, batch, words):
 def test_bad_input():
     with pytest.raises(ValueError, match="must share their first axis"):
         edt.make_train_step(loss, SGD)(edt.init_state(tiny(), SGD), (images(4), jnp.zeros(3)), KEY)
+    wrong: list[tuple[Any, str]] = [
+        (lambda network, example, key: example[0], "one number an example.*\\(1, 8, 8\\)"),
+        (lambda network, example, key: (jnp.ones(()), None), "one number an example"),
+    ]
+    for bad, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            edt.make_train_step(bad, SGD)(edt.init_state(tiny(), SGD), BATCH, KEY)
+    with pytest.raises(ValueError, match="'data' must be of type Auto"):
+        edt.make_train_step(loss, SGD, mesh=jax.make_mesh((2,), ("data",), (AxisType.Explicit,)))
     with pytest.raises(ValueError, match="accumulate=0"):
         edt.make_train_step(loss, SGD, accumulate=0)
     with pytest.raises(ValueError, match=r"\('model',\).*'data'"):
