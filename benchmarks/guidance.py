@@ -1,7 +1,8 @@
 """What do guidance and the number of steps do to the digits?
 
-Trains the default run of `equidit train digits` (or takes the folder of one) and samples from it: by
-guidance scale, plain, in an interval of times, and rescaled; and by number of steps, DDIM and DDPM.
+Trains the default run of `equidit train digits` (or takes the folder of one) and samples from it:
+by guidance scale, plain, in an interval of times, and rescaled; and by number of steps, DDIM and
+DDPM.
 """
 
 import argparse
