@@ -5,7 +5,7 @@ from jaxtyping import install_import_hook as _install_import_hook
 # Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
 _install_import_hook("equidit", "beartype.beartype")
 
-from . import diffusion as diffusion
+from . import diffusion as diffusion, pretrained as pretrained, vae as vae
 from ._blocks import (
     AdaLNBlock as AdaLNBlock,
     AdaLNZeroBlock as AdaLNZeroBlock,
@@ -67,5 +67,6 @@ from .train import (
     init_state as init_state,
     make_train_step as make_train_step,
 )
+from .vae import Autoencoder as Autoencoder
 
 __version__ = "0.1.0"

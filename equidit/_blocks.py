@@ -27,6 +27,7 @@ class AdaLNZeroBlock(eqx.Module):
     mlp: Any
     modulation: Linear
     norm: Callable[..., Array] = eqx.field(static=True)
+    norm_mlp: Callable[..., Array] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class AdaLNZeroBlock(eqx.Module):
         attention: Callable[..., Any] = Attention,
         mlp: Callable[..., Any] = MLP,
         norm: Callable[..., Array] = layer_norm,
+        norm_mlp: Callable[..., Array] | None = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -49,6 +51,7 @@ class AdaLNZeroBlock(eqx.Module):
             `partial(Attention, rotary=rotary_2d)`.
         - `mlp`: called as `mlp(dim, hidden_size, key=key)`, e.g. [`equidit.SwiGLU`][].
         - `norm`: a function of the tokens without parameters, e.g. [`equidit.rms_norm`][].
+        - `norm_mlp`: that of the MLP, where it is another; `None` is `norm`.
         - `key`: initialises the weights.
         """
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
@@ -56,6 +59,7 @@ class AdaLNZeroBlock(eqx.Module):
         self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
         self.norm = norm
+        self.norm_mlp = norm if norm_mlp is None else norm_mlp
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
@@ -64,7 +68,7 @@ class AdaLNZeroBlock(eqx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
         x = modulate(self.norm(tokens), shift_a, scale_a)
         tokens = tokens + gate_a[None] * _self_attention(self.attention, x, cond)
-        return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
+        return tokens + gate_m[None] * self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
 
 
 class AdaLNBlock(eqx.Module):

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,25 @@ class TimestepEmbedder(eqx.Module):
 
     up: Linear
     down: Linear
+    features: Callable[..., Array] | None = eqx.field(static=True)
 
-    def __init__(self, dim: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, dim: int, *, features: Callable[..., Array] | None = None, key: PRNGKeyArray
+    ):
+        """**Arguments:**
+
+        - `dim`: the model's hidden size.
+        - `features`: called as `features(t, 256)`; `None` is [`equidit.timestep_features`][].
+        - `key`: initialises the weights.
+        """
         up_key, down_key = jax.random.split(key)
         self.up = Linear(256, dim, init=normal_02, key=up_key)
         self.down = Linear(dim, dim, init=normal_02, key=down_key)
+        self.features = features
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " dim"]:
-        features = timestep_features(t, 256).astype(self.up.weight.dtype)
-        return self.down(jax.nn.silu(self.up(features)))
+        features = (self.features or timestep_features)(t, 256)
+        return self.down(jax.nn.silu(self.up(features.astype(self.up.weight.dtype))))
 
 
 class LabelEmbedder(eqx.Module):
@@ -135,9 +147,22 @@ class LabelConditioner(eqx.Module):
         """The null label: the number of classes."""
         return self.label.null
 
-    def __init__(self, num_classes: int, dim: int, *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        features: Callable[..., Array] | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `num_classes`, `dim`: see [`equidit.LabelEmbedder`][].
+        - `features`: see [`equidit.TimestepEmbedder`][].
+        - `key`: initialises the weights.
+        """
         timestep_key, label_key = jax.random.split(key)
-        self.timestep = TimestepEmbedder(dim, key=timestep_key)
+        self.timestep = TimestepEmbedder(dim, features=features, key=timestep_key)
         self.label = LabelEmbedder(num_classes, dim, key=label_key)
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""], label: Int[Array, ""]) -> Conditioning:

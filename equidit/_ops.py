@@ -109,7 +109,7 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Float[Array, "tokens dim"]:
 
 
 def timestep_features(
-    t: Float[Array, ""] | Int[Array, ""], dim: int = 256
+    t: Float[Array, ""] | Int[Array, ""], dim: int = 256, *, endpoint: bool = False
 ) -> Float[Array, " {dim}"]:
     """Sinusoidal features of a timestep: cosines first, then sines.
 
@@ -117,6 +117,8 @@ def timestep_features(
 
     - `t`: the time in diffusion steps (0 to 999 for the paper's models); need not be whole.
     - `dim`: number of features; even, else `ValueError`.
+    - `endpoint`: whether the slowest frequency is exactly 1/10000, as in diffusers' DiT: `f` below
+        with `dim / 2 - 1` in place of `dim / 2`. `dim` is then at least 4.
 
     **Returns:**
 
@@ -128,11 +130,15 @@ def timestep_features(
         Section 3.2 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748); the features are
         those of [Ho et al. 2020](https://arxiv.org/abs/2006.11239).
     """
-    if dim < 2 or dim % 2:
-        raise ValueError(f"dim={dim} must be a positive even number: half cosines, half sines")
+    if dim < 2 + 2 * endpoint or dim % 2:
+        raise ValueError(
+            f"dim={dim} must be an even number of at least {2 + 2 * endpoint}: "
+            "half cosines, half sines"
+        )
     # Published weights were trained with exponents rounded to float32, which at t = 999 moves a
     # feature by up to 6e-5.
-    exponent = np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2)
+    intervals = dim // 2 - endpoint
+    exponent = np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / intervals
     t = upcast(t)
     angle = t * jnp.asarray(np.exp(exponent.astype(np.float64)), t.dtype)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)])

@@ -9,15 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import from_official, golden
+from helpers import golden, official
 
 import equidit as edt
 from equidit import diffusion as dfn
 
-NETWORKS: dict[str, dict[str, int]] = {
-    "dit_tiny": {"hidden_size": 32, "num_heads": 2, "num_classes": 4},
-    "dit_tiny_unit": {"hidden_size": 48, "num_heads": 4, "num_classes": 6},
-}
+NUM_HEADS = {"dit_tiny": 2, "dit_tiny_unit": 4}
 INPUTS = {"x", "t", "label", "cfg_x", "cfg_t", "cfg_label"}
 
 
@@ -26,9 +23,14 @@ def _error(value: Any, target: np.ndarray) -> float:
     return float(np.abs(np.asarray(value, np.float64) - target).max() / np.abs(target).max())
 
 
-def network_errors(name: str, **overrides: int) -> dict[str, float]:
+def network(name: str, num_heads: int | None = None) -> edt.DiT:
+    heads = NUM_HEADS[name] if num_heads is None else num_heads
+    return edt.pretrained.from_state_dict(official(golden(name)), num_heads=heads)
+
+
+def network_errors(name: str, n: edt.DiT | None = None) -> dict[str, float]:
     arrays = golden(name)
-    n = from_official(arrays, **(NETWORKS[name] | overrides))
+    n = network(name) if n is None else n
     x, t, label = (jnp.asarray(arrays[key]) for key in ("x", "t", "label"))
     t, label = t.astype(jnp.int32), label.astype(jnp.int32)
     first, second = n.blocks.unstack()
@@ -55,13 +57,12 @@ def network_errors(name: str, **overrides: int) -> dict[str, float]:
         }
 
     results = jax.vmap(values)(x, t, label)
-    null = NETWORKS[name]["num_classes"]
-    guided = edt.guide(n, 4.0, jnp.int32(null), channels=3)
+    guided = edt.guide(n, 4.0, jnp.int32(n.conditioner.null), channels=3)
     cfg_x, cfg_t, cfg_label = (jnp.asarray(arrays[key]) for key in ("cfg_x", "cfg_t", "cfg_label"))
     results["cfg3_scale4"] = jax.vmap(guided, in_axes=(0, None, 0))(
         cfg_x, cfg_t.astype(jnp.int32), cfg_label.astype(jnp.int32)
     )
-    results["state_dict/pos_embed"] = edt.sincos_2d(NETWORKS[name]["hidden_size"], (4, 4))[None]
+    results["state_dict/pos_embed"] = edt.sincos_2d(n.patch_embed.weight.shape[0], (4, 4))[None]
     targets = {
         key
         for key in arrays

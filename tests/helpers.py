@@ -9,7 +9,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, jaxtyped
 
@@ -126,57 +125,7 @@ def check_fields(module: Any) -> None:
                 assert isinstance(getattr(module, field.name), field.type), field.name
 
 
-def from_official(
-    weights: dict[str, np.ndarray], *, num_heads: int, hidden_size: int, num_classes: int
-) -> edt.DiT:
-    """The golden networks: input 4x8x8, patch 2, depth 2, under the original names."""
-    network = edt.DiT(4, 2, hidden_size, 2, num_heads, num_classes, key=jax.random.key(0))
+def official(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights of a golden network, under the original names."""
     prefix = "state_dict/"
-    left = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    del left["pos_embed"]
-
-    def linear(name: str) -> list[np.ndarray]:
-        return [left.pop(f"{name}.weight"), left.pop(f"{name}.bias")]
-
-    def stacked(name: str) -> list[np.ndarray]:
-        return [
-            np.stack(pair)
-            for pair in zip(*(linear(f"blocks.{i}.{name}") for i in (0, 1)), strict=True)
-        ]
-
-    kernel, bias = linear("x_embedder.proj")
-    values = [
-        kernel.transpose(0, 2, 3, 1).reshape(hidden_size, -1),
-        bias,
-        *linear("t_embedder.mlp.0"),
-        *linear("t_embedder.mlp.2"),
-        left.pop("y_embedder.embedding_table.weight"),
-        *stacked("attn.qkv"),
-        *stacked("attn.proj"),
-        *stacked("mlp.fc1"),
-        *stacked("mlp.fc2"),
-        *stacked("adaLN_modulation.1"),
-        *linear("final_layer.adaLN_modulation.1"),
-        *linear("final_layer.linear"),
-    ]
-    assert not left, f"unused: {sorted(left)}"
-
-    def leaves(n: edt.DiT) -> list[Any]:
-        layers = [
-            n.patch_embed,
-            n.conditioner.timestep.up,
-            n.conditioner.timestep.down,
-            n.blocks.blocks.attention.qkv,
-            n.blocks.blocks.attention.out,
-            n.blocks.blocks.mlp.up,
-            n.blocks.blocks.mlp.down,
-            n.blocks.blocks.modulation,
-            n.final.modulation,
-            n.final.linear,
-        ]
-        flat = [leaf for layer in layers for leaf in (layer.weight, layer.bias)]
-        return [*flat[:6], n.conditioner.label.table, *flat[6:]]
-
-    for old, new in zip(leaves(network), values, strict=True):
-        assert old.shape == new.shape
-    return eqx.tree_at(leaves, network, [jnp.asarray(value) for value in values])
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

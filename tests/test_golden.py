@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import NETWORKS, diffusion_errors, network_errors
-from helpers import from_official, golden
+from goldens import NUM_HEADS, diffusion_errors, network, network_errors
+from helpers import golden
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -21,16 +21,16 @@ def network_failures(errors):
     return {k: e for k, e in errors.items() if e > FROM_FREQUENCIES.get(k, NETWORK_TOLERANCE)}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NUM_HEADS)
 def test_network(name):
     errors = network_errors(name)
     assert not network_failures(errors), errors
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NUM_HEADS)
 def test_timestep_mlp_on_the_golden_features(name):
     arrays = golden(name)
-    embedder = from_official(arrays, **NETWORKS[name]).conditioner.timestep
+    embedder = network(name).conditioner.timestep
     features = jnp.asarray(arrays["timestep_features"])
     embedding = embedder.down(jax.nn.silu(embedder.up(features)))
     target = arrays["timestep_embedding"]

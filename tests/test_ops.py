@@ -45,6 +45,7 @@ def test_patchify_then_linear_is_a_strided_convolution():
         (lambda: edt.unpatchify(jnp.ones((4, 5)), 2, (2, 2)), ["5 features", "multiple of 4"]),
         (lambda: edt.sincos_2d(6, (2, 2)), ["dim=6", "multiple of 4"]),
         (lambda: edt.timestep_features(jnp.ones(()), 7), ["dim=7", "even"]),
+        (lambda: edt.timestep_features(jnp.ones(()), 2, endpoint=True), ["dim=2", "least 4"]),
     ],
 )
 def test_bad_input(call, words):
@@ -73,6 +74,12 @@ def test_timestep_features_are_float32_and_continuous():
     np.testing.assert_array_equal(
         edt.timestep_features(rounded), edt.timestep_features(rounded.astype(jnp.float32))
     )
+
+
+@pytest.mark.parametrize("endpoint", [False, True])
+def test_slowest_frequency(endpoint):
+    slowest = edt.timestep_features(jnp.asarray(1e4), 8, endpoint=endpoint)[3]
+    assert abs(slowest - np.cos(1.0 if endpoint else 10.0)) < 1e-5
 
 
 def test_layer_norm_statistics_are_float32():

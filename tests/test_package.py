@@ -21,6 +21,10 @@ NETWORK = [
     "_dit",
     "configs",
     "_counting",
+    "vae",
+    "_files",
+    "_names",
+    "pretrained",
 ]
 PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]
 TRAINING = ["train", "checkpoint", "data", "metrics"]
@@ -73,6 +77,8 @@ def test_import_needs_the_core_alone():
         "grain",
         "torch",
         "diffusers",
+        "safetensors",
+        "huggingface_hub",
         "scipy",
     )
     code = f"""

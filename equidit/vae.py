@@ -1,0 +1,405 @@
+"""The Stable Diffusion autoencoder: images to the latents that a DiT sees, and back."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._common import check_positive, upcast
+from ._layers import Attention
+from ._types import Number
+
+_lecun_normal = jax.nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
+
+
+class Gaussian(eqx.Module):
+    """A normal distribution with independent entries: what an image is encoded to.
+
+    **Fields:**
+
+    - `mean`, `log_variance`: of the latent, in the units that a DiT sees.
+    """
+
+    mean: Float[Array, "channels height width"]
+    log_variance: Float[Array, "channels height width"]
+
+    def mode(self) -> Float[Array, "channels height width"]:
+        """The most probable latent: the mean."""
+        return self.mean
+
+    def sample(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+        """A latent drawn with `key`."""
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(self.log_variance / 2) * noise
+
+
+class Autoencoder(eqx.Module):
+    """The autoencoder of latent diffusion, diffusers' `AutoencoderKL`.
+
+    Images are in [-1, 1]: see [`equidit.vae.check_range`][]. Latents are in the units that a DiT
+    sees, `(z - shift_factor) * scaling_factor`: nothing else in the library knows these factors.
+
+    ??? cite
+
+        [Rombach et al. 2022](https://arxiv.org/abs/2112.10752), section 3.1 and appendix G.
+    """
+
+    encoder: "_Coder"
+    decoder: "_Coder"
+    quant: Any
+    post_quant: Any
+    scaling_factor: float = eqx.field(static=True)
+    shift_factor: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        scaling_factor: Number = 0.18215,
+        shift_factor: Number = 0.0,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_channels`, `out_channels`: of the images that go in and come out.
+        - `latent_channels`: of the latents.
+        - `block_out_channels`: channels at every resolution, from the image's down. Between two of
+            them the side is halved, so four make latents of an eighth of the image's side.
+        - `layers_per_block`: residual blocks at every resolution of the encoder; the decoder has
+            one more.
+        - `norm_num_groups`: of the group norms; must divide all of `block_out_channels`, else
+            `ValueError`.
+        - `scaling_factor`, `shift_factor`: from the autoencoder's units to the DiT's.
+        - `use_quant_conv`, `use_post_quant_conv`: whether a 1x1 convolution follows the encoder,
+            and one precedes the decoder.
+        - `mid_block_add_attention`: whether the lowest resolution has self-attention.
+        - `key`: initialises the weights.
+        """
+        check_positive(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            latent_channels=latent_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            resolutions=len(block_out_channels),
+        )
+        if wrong := [c for c in block_out_channels if c < 1 or c % norm_num_groups]:
+            raise ValueError(
+                f"block_out_channels={block_out_channels} has {wrong[0]}, which is no positive "
+                f"multiple of norm_num_groups={norm_num_groups}"
+            )
+        encoder_key, decoder_key, quant_key, post_quant_key = jax.random.split(key, 4)
+        moments, widths = 2 * latent_channels, tuple(block_out_channels)
+        shared: dict[str, Any] = {
+            "middle": widths[-1],
+            "groups": norm_num_groups,
+            "attention": mid_block_add_attention,
+        }
+        self.encoder = _Coder(
+            in_channels, moments, widths, layers=layers_per_block, **shared, key=encoder_key
+        )
+        self.decoder = _Coder(
+            latent_channels,
+            out_channels,
+            widths[::-1],
+            layers=layers_per_block + 1,
+            **shared,
+            key=decoder_key,
+        )
+        self.quant = _Conv(moments, moments, 1, key=quant_key) if use_quant_conv else None
+        self.post_quant = (
+            _Conv(latent_channels, latent_channels, 1, key=post_quant_key)
+            if use_post_quant_conv
+            else None
+        )
+        self.scaling_factor = float(scaling_factor)
+        self.shift_factor = float(shift_factor)
+
+    @property
+    def downsampling(self) -> int:
+        """The side of an image in units of its latent's: 8 for Stable Diffusion's."""
+        return 2 ** (len(self.encoder.stages) - 1)
+
+    def encode(self, x: Float[Array, "channels height width"]) -> Gaussian:
+        """**Arguments:**
+
+        - `x`: one image in [-1, 1], of sides that `downsampling` divides, else `ValueError`.
+
+        **Returns:**
+
+        The distribution of its latent. The dtype is `x`'s; inside, the network computes in its
+        parameters' dtype.
+        """
+        _check_channels("x", x, self.encoder.conv_in)
+        factor = self.downsampling
+        for name, side in zip(("height", "width"), x.shape[1:], strict=True):
+            if side < 1 or side % factor:
+                raise ValueError(
+                    f"{name}={side} is not divisible by {factor}, the autoencoder's downsampling: "
+                    "crop or resize the image"
+                )
+        moments = _optional(self.quant, _down(self.encoder, _enter(x, self.encoder.conv_in)))
+        mean, log_variance = jnp.split(_leave(moments, x), 2)
+        return Gaussian(
+            (mean - self.shift_factor) * self.scaling_factor,
+            jnp.clip(log_variance, -30.0, 20.0) + 2 * math.log(self.scaling_factor),
+        )
+
+    def decode(
+        self, z: Float[Array, "channels height width"]
+    ) -> Float[Array, "out {self.downsampling}*height {self.downsampling}*width"]:
+        """**Arguments:**
+
+        - `z`: one latent, as `encode` gives it and a DiT makes it. Any height and width.
+
+        **Returns:**
+
+        The image, `downsampling` times as high and wide, in [-1, 1] up to a little overshoot: clip
+        it. The dtype is `z`'s.
+        """
+        _check_channels("z", z, self.decoder.conv_in)
+        unscaled = _enter(z / self.scaling_factor + self.shift_factor, self.decoder.conv_in)
+        return _leave(_up(self.decoder, _optional(self.post_quant, unscaled)), z)
+
+
+def check_range(images: Any) -> None:
+    """`ValueError` unless all of `images` is finite and in [-1, 1].
+
+    For the host, before images are encoded: values are unknown inside `jit` and `vmap`, and a check
+    there would cost a synchronisation every step.
+
+    **Arguments:**
+
+    - `images`: floats of any shape.
+    """
+    images = np.asarray(images)
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.001 and high <= 1.001):  # NaN fails too.
+        raise ValueError(
+            f"images are in [{low:g}, {high:g}], but the autoencoder takes [-1, 1]: "
+            "for bytes, x / 127.5 - 1"
+        )
+
+
+# Inside, channels are last: XLA's convolutions on CPUs are up to 1.4 times as fast so.
+
+
+def _enter(
+    x: Float[Array, "channels height width"], conv: "_Conv"
+) -> Float[Array, "height width channels"]:
+    return jnp.moveaxis(x, 0, -1).astype(conv.weight.dtype)
+
+
+def _leave(
+    x: Float[Array, "height width channels"], like: Array
+) -> Float[Array, "channels height width"]:
+    return jnp.moveaxis(x, -1, 0).astype(like.dtype)
+
+
+def _optional(layer: Any, x: Array) -> Array:
+    return x if layer is None else layer(x)
+
+
+def _check_channels(name: str, x: Array, conv: "_Conv") -> None:
+    if x.shape[0] != conv.weight.shape[1]:
+        raise ValueError(
+            f"{name} has {x.shape[0]} channels, but the autoencoder takes {conv.weight.shape[1]}"
+        )
+
+
+class _Conv(eqx.Module):
+    """A square convolution that keeps the sides."""
+
+    weight: Float[Array, "out channels kernel kernel"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, key: PRNGKeyArray):
+        self.weight = _lecun_normal(key, (out_channels, in_channels, kernel, kernel))
+        self.bias = jnp.zeros(out_channels)
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width out"]:
+        return self.convolve(x, 1, "SAME")
+
+    def convolve(self, x: Array, stride: int, padding: Any) -> Float[Array, "rows columns out"]:
+        y = jax.lax.conv_general_dilated(
+            x[None],
+            self.weight,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        )[0]
+        return y + self.bias[None, None]
+
+
+class _GroupNorm(eqx.Module):
+    scale: Float[Array, " channels"]
+    shift: Float[Array, " channels"]
+    groups: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, groups: int):
+        self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
+        self.groups = groups
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width channels"]:
+        y = upcast(x).reshape(*x.shape[:2], self.groups, -1)
+        y = y - y.mean(axis=(0, 1, 3), keepdims=True)
+        variance = jnp.square(y).mean(axis=(0, 1, 3), keepdims=True)
+        y = (y * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape).astype(x.dtype)
+        return y * self.scale[None, None] + self.shift[None, None]
+
+
+class _Resnet(eqx.Module):
+    """Two convolutions, each after a norm and SiLU, added to the input."""
+
+    norm1: _GroupNorm
+    conv1: _Conv
+    norm2: _GroupNorm
+    conv2: _Conv
+    shortcut: Any
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, key: PRNGKeyArray):
+        key1, key2, shortcut_key = jax.random.split(key, 3)
+        self.norm1 = _GroupNorm(in_channels, groups)
+        self.conv1 = _Conv(in_channels, out_channels, key=key1)
+        self.norm2 = _GroupNorm(out_channels, groups)
+        self.conv2 = _Conv(out_channels, out_channels, key=key2)
+        self.shortcut = (
+            None
+            if in_channels == out_channels
+            else _Conv(in_channels, out_channels, 1, key=shortcut_key)
+        )
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width out"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return _optional(self.shortcut, x) + y
+
+
+class _Middle(eqx.Module):
+    """Residual blocks of the lowest resolution, with self-attention of one head between them."""
+
+    first: _Resnet
+    norm: Any
+    attention: Any
+    second: _Resnet
+
+    def __init__(self, channels: int, groups: int, attention: bool, *, key: PRNGKeyArray):
+        first_key, attention_key, second_key = jax.random.split(key, 3)
+        self.first = _Resnet(channels, channels, groups, key=first_key)
+        self.norm = _GroupNorm(channels, groups) if attention else None
+        self.attention = Attention(channels, 1, key=attention_key) if attention else None
+        self.second = _Resnet(channels, channels, groups, key=second_key)
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width channels"]:
+        x = self.first(x)
+        if self.norm is not None and self.attention is not None:
+            tokens = self.norm(x).reshape(-1, x.shape[-1])
+            x = x + self.attention(tokens).reshape(x.shape)
+        return self.second(x)
+
+
+class _Stage(eqx.Module):
+    """The residual blocks of one resolution, and the convolution that leads to the next."""
+
+    resnets: tuple[_Resnet, ...]
+    resample: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        layers: int,
+        groups: int,
+        resample: bool,
+        *,
+        key: PRNGKeyArray,
+    ):
+        *keys, resample_key = jax.random.split(key, layers + 1)
+        widths = (in_channels, *[channels] * layers)
+        self.resnets = tuple(
+            _Resnet(a, b, groups, key=k)
+            for a, b, k in zip(widths[:-1], widths[1:], keys, strict=True)
+        )
+        self.resample = _Conv(channels, channels, key=resample_key) if resample else None
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width out"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x
+
+
+class _Coder(eqx.Module):
+    """The layers of an encoder or a decoder: `_down` and `_up` run them in their orders."""
+
+    conv_in: _Conv
+    stages: tuple[_Stage, ...]
+    middle: _Middle
+    norm_out: _GroupNorm
+    conv_out: _Conv
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: tuple[int, ...],
+        middle: int,
+        layers: int,
+        groups: int,
+        attention: bool,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """`widths`: channels of the stages in their order; `middle`: of the lowest resolution."""
+        in_key, middle_key, out_key, *keys = jax.random.split(key, 3 + len(widths))
+        self.conv_in = _Conv(in_channels, widths[0], key=in_key)
+        self.stages = tuple(
+            _Stage(a, b, layers, groups, resample=i < len(widths) - 1, key=k)
+            for i, (a, b, k) in enumerate(zip((widths[0], *widths[:-1]), widths, keys, strict=True))
+        )
+        self.middle = _Middle(middle, groups, attention, key=middle_key)
+        self.norm_out = _GroupNorm(widths[-1], groups)
+        self.conv_out = _Conv(widths[-1], out_channels, key=out_key)
+
+    def leave(self, x: Float[Array, "height width channels"]) -> Float[Array, "height width out"]:
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+def _down(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
+    x = coder.conv_in(x)
+    for stage in coder.stages:
+        x = stage(x)
+        if stage.resample is not None:
+            # Padded below and on the right alone, as the published weights were trained.
+            x = stage.resample.convolve(x, 2, ((0, 1), (0, 1)))
+    return coder.leave(coder.middle(x))
+
+
+def _up(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
+    x = coder.middle(coder.conv_in(x))
+    for stage in coder.stages:
+        x = stage(x)
+        if stage.resample is not None:
+            x = stage.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
+    return coder.leave(x)

@@ -1,0 +1,507 @@
+"""Published weights in their own formats, written by PyTorch and diffusers, against their outputs.
+
+All weights are random: zero gates would make agreement empty.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import NUM_HEADS, network, network_errors
+from helpers import difference, golden, official, tiny, tree_allclose
+from test_golden import network_failures
+
+import equidit as edt
+from equidit import pretrained
+from equidit._names import OFFICIAL, export
+
+torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
+diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
+pytest.importorskip("safetensors", reason="needs safetensors")
+
+WEIGHTS = "diffusion_pytorch_model"
+# Rewrites of a float32 network in another framework.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def tensors(arrays):
+    return {name: torch.tensor(np.asarray(array)) for name, array in arrays.items()}
+
+
+def state_dict(name="dit_tiny"):
+    return tensors(official(golden(name)))
+
+
+def write_safetensors(path, header, data=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+# Official files.
+
+
+@pytest.mark.parametrize("form", ["bare", "checkpoint", "safetensors"])
+@pytest.mark.parametrize("name", NUM_HEADS)
+def test_golden_networks_from_files(tmp_path, name, form):
+    state = state_dict(name)
+    path = tmp_path / "weights.pt"
+    if form == "bare":
+        torch.save(state, path)
+    elif form == "checkpoint":
+        other = {key: torch.zeros_like(value) for key, value in state.items()}
+        args = argparse.Namespace(model="DiT-XL/2", num_classes=1000)
+        torch.save({"model": other, "ema": state, "opt": {"state": {}}, "args": args}, path)
+    else:
+        path = path.with_suffix(".safetensors")
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    loaded = edt.pretrained.load_dit(path, num_heads=NUM_HEADS[name])
+    assert tree_allclose(loaded, network(name))
+    errors = network_errors(name, loaded)
+    assert not network_failures(errors), errors
+
+
+def test_average_is_preferred_and_can_be_declined(tmp_path):
+    state = state_dict()
+    doubled = {k: v if k == "pos_embed" else 2 * v for k, v in state.items()}
+    path = tmp_path / "0050000.pt"
+    torch.save({"model": doubled, "ema": state, "opt": {}, "args": {"num_heads": 2}}, path)
+    ema, model = pretrained.load_dit(path), pretrained.load_dit(path, ema=False)
+    assert tree_allclose(jax.tree.map(lambda x: 2 * x, ema), model)
+    torch.save({"model": doubled, "args": {"num_heads": 2}}, path)
+    assert tree_allclose(pretrained.load_dit(path), model)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"learn_sigma": False, "patch_size": 4, "mlp_ratio": 0.5},
+        {"in_channels": 3, "num_classes": 1, "depth": 3, "mlp_ratio": 3.7},
+    ],
+)
+def test_sizes_are_inferred(sizes):
+    expected = tiny(**sizes)
+    loaded = pretrained.from_state_dict(export(expected, OFFICIAL), num_heads=4)
+    # All sizes that are not an array's shape are in the tree's structure.
+    assert tree_allclose(loaded, expected)
+
+
+def test_head_count(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    state = state_dict()
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"hidden_size=32 and depth=2: pass num_heads="):
+        pretrained.load_dit(path)
+    monkeypatch.setitem(edt.CONFIGS, "DiT-Z/2", edt.Config(2, 32, 2, 8))
+    monkeypatch.setitem(edt.CONFIGS, "DiT-T/2", edt.Config(2, 32, 2, 2))
+
+    def heads(**options):
+        return pretrained.load_dit(path, **options).blocks.blocks.attention.num_heads
+
+    assert heads() == 8
+    assert heads(num_heads=4) == 4
+    for model in ("DiT-T/2", "SiT-T/2"):
+        torch.save({"model": state, "args": argparse.Namespace(model=model)}, path)
+        assert heads() == 2
+    # A name whose sizes are others says nothing about this file.
+    torch.save({"model": state, "args": argparse.Namespace(model="DiT-XL/2")}, path)
+    assert heads() == 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_precisions_become_float32(tmp_path, dtype):
+    from safetensors.torch import save_file
+
+    state = {k: v.to(getattr(torch, dtype)) for k, v in state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    a = pretrained.load_dit(tmp_path / "weights.pt", num_heads=2)
+    b = pretrained.load_dit(tmp_path / "weights.safetensors", num_heads=2)
+    assert {leaf.dtype for leaf in jax.tree.leaves((a, b))} == {np.dtype("float32")}
+    assert tree_allclose(a, b)
+    assert 0 <= difference(a, network("dit_tiny")) < 1e-2
+
+
+def test_weights_do_not_depend_on_the_file_once_loaded(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(state_dict(), path)
+    loaded = pretrained.load_dit(path, num_heads=2)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert tree_allclose(loaded, network("dit_tiny"))
+
+
+def test_keys_are_used_exactly_once():
+    arrays = official(golden("dit_tiny"))
+    bias = arrays.pop("blocks.1.attn.proj.bias")
+    arrays["blocks.1.attn.project.bias"] = bias
+    arrays["t_embedder.mlp.2.weight"] = arrays["t_embedder.mlp.2.weight"][:, :3]
+    with pytest.raises(ValueError, match="another network") as error:
+        pretrained.from_state_dict(arrays, num_heads=2)
+    for line in (
+        r"missing (1): blocks.1.attn.proj.bias",
+        r"unexpected (1): blocks.1.attn.project.bias",
+        r"of another shape (1): t_embedder.mlp.2.weight is (32, 3), not (32, 32)",
+    ):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.clear(), "no state dict of an official DiT.*holds nothing"),
+        (lambda a: a.pop("x_embedder.proj.weight"), "missing.*x_embedder.proj.weight; it holds"),
+        (lambda a: a.update({"final_layer.linear.bias": np.ones(5)}), "has 5 entries"),
+        (lambda a: a.update(pos_embed=np.ones((1, 15, 32))), r"pos_embed is \(1, 15, 32\)"),
+        (lambda a: a.update(pos_embed=np.ones((1, 16, 32))), "not the sine-cosine table"),
+    ],
+)
+def test_other_networks_are_refused(change, message):
+    arrays = official(golden("dit_tiny"))
+    change(arrays)
+    with pytest.raises(ValueError, match=message):
+        pretrained.from_state_dict(arrays, num_heads=2)
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(ValueError, match="'official' or 'diffusers'"):
+        pretrained.from_state_dict(official(golden("dit_tiny")), num_heads=2, arithmetic="theirs")
+
+
+def test_licence_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(pretrained, "_told", set())
+    with caplog.at_level(logging.INFO):
+        network("dit_tiny")
+        assert not caplog.records
+        sizes = {"hidden_size": 32, "depth": 2, "patch_size": 2, "num_classes": 4}
+        monkeypatch.setattr(pretrained, "_PUBLISHED", sizes)
+        network("dit_tiny")
+        network("dit_tiny")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "CC-BY-NC 4.0" in caplog.text
+
+
+def test_no_random_initialisation(monkeypatch):
+    made = []
+    skeleton = pretrained._skeleton
+    monkeypatch.setattr(
+        pretrained, "_skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
+    )
+    network("dit_tiny")
+    kinds = {type(leaf) for leaf in jax.tree.leaves(made)}
+    assert kinds == {jax.ShapeDtypeStruct}
+
+
+# Bad files.
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_malicious_pickles_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x_embedder.proj.weight": _Evil()}, "evil.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(_Evil()))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(ValueError, match=rf"{name} is .*nothing in it was executed.*Download"):
+            pretrained.load_dit(name)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_truncated_files(tmp_path, suffix, share):
+    from safetensors.torch import save_file
+
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(state_dict(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r"weights.* is truncated.*Download it again"):
+        pretrained.load_dit(path, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}}, "a claims"),
+        ({"a": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 16]}}, "a claims"),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}, "a claims"),
+        ({"a": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}}, "dtype I64"),
+        ({"a": 1}, "damaged"),
+        ([], "damaged"),
+    ],
+)
+def test_safetensors_that_claim_too_much(tmp_path, header, message):
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, header, bytes(16))
+    with pytest.raises(ValueError, match=message):
+        pretrained.load_dit(path)
+
+
+def test_safetensors_header_beyond_the_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="claims a header of 1099511627776 bytes, but has 10"):
+        pretrained.load_dit(path)
+
+
+def test_tensors_larger_than_their_storage(tmp_path):
+    state = state_dict()
+    state["y_embedder.embedding_table.weight"] = torch.zeros(1, 1).expand(10**9, 32)
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"claims \(1000000000, 32\), more than the file holds"):
+        pretrained.load_dit(tmp_path / "weights.pt", num_heads=2)
+
+
+def test_what_is_no_state_dict(tmp_path):
+    path = tmp_path / "weights.pt"
+    for content, message in (
+        ([1, 2], "a list, not a dictionary"),
+        ({}, "not a dictionary of weights"),
+        ({"a": 3}, "a is no floating-point tensor"),
+        ({"a": torch.ones(3, dtype=torch.int64)}, "a is no floating-point tensor"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            pretrained.load_dit(path)
+    path = tmp_path / "weights.npz"
+    path.touch()
+    with pytest.raises(ValueError, match=r"unknown kind: choose from .safetensors, .pt, .bin"):
+        pretrained.load_dit(path)
+    with pytest.raises(ValueError, match="is a folder"):
+        pretrained.load_dit(tmp_path)
+
+
+def test_without_pytorch(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    torch.save(state_dict(), path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torch, or convert"):
+        pretrained.load_dit(path)
+
+
+# diffusers' DiT.
+
+
+def their_dit(learn_sigma=True):
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8 if learn_sigma else 4,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.normal_(0, 0.15, generator=generator)
+        first = model.transformer_blocks[0].norm1.emb.state_dict()
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(first)
+    return model
+
+
+def dit_inputs():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(4, 4, 8, 8)).astype(np.float32)
+    return x, np.array([0, 7, 500, 999], np.int32), np.array([0, 3, 4, 5], np.int32)
+
+
+def their_output(model):
+    x, t, label = map(torch.tensor, dit_inputs())
+    with torch.no_grad():
+        return model(x, t.long(), label.long()).sample.numpy()
+
+
+def our_output(network):
+    return np.asarray(jax.vmap(network)(*map(jnp.asarray, dit_inputs())))
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("safe", [True, False])
+def test_their_dit_here(tmp_path, learn_sigma, safe):
+    model = their_dit(learn_sigma)
+    model.save_pretrained(tmp_path / "transformer", safe_serialization=safe)
+    (tmp_path / "model_index.json").write_text("{}")
+    network = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+    target = their_output(model)
+    assert tree_allclose(target, our_output(network), TOLERANCE)
+    # The same weights, as they were trained, are another network.
+    other = pretrained.load_diffusers_dit(tmp_path / "transformer", arithmetic="official")
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, jax.tree.leaves(network), jax.tree.leaves(other))
+    )
+    assert not tree_allclose(target, our_output(other), 10 * TOLERANCE)
+
+
+def test_our_dit_there(tmp_path):
+    official_weights = official(golden("dit_tiny_unit"))
+    network = pretrained.from_state_dict(official_weights, num_heads=4, arithmetic="diffusers")
+    pretrained.save_diffusers_dit(network, tmp_path, sample_size=8)
+    model = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+    assert tree_allclose(their_output(model), our_output(network), TOLERANCE)
+    again = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+    assert tree_allclose(again, network)
+    assert jax.tree.structure(again) == jax.tree.structure(network)
+
+
+def test_the_mlps_norm_is_told_apart(tmp_path):
+    """Its epsilon shows where the tokens' variance is small."""
+    model = their_dit()
+    with torch.no_grad():
+        model.pos_embed.proj.weight *= 1e-3
+        model.pos_embed.proj.bias *= 1e-3
+        model.pos_embed.pos_embed *= 0
+        for block in model.transformer_blocks:
+            block.norm1.linear.weight *= 0.1
+            block.norm1.linear.bias *= 0.1
+    model.save_pretrained(tmp_path)
+    network = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+    block = jax.tree.map(lambda x: x[0], network.blocks.blocks)
+    rng = np.random.default_rng(2)
+    tokens = 3e-3 * rng.normal(size=(1, 16, 32)).astype(np.float32)
+    with torch.no_grad():
+        target = model.transformer_blocks[0](
+            torch.tensor(tokens), timestep=torch.tensor([3]), class_labels=torch.tensor([1])
+        ).numpy()[0]
+    cond = network.conditioner(jnp.int32(3), jnp.int32(1))
+    assert tree_allclose(target, block(jnp.asarray(tokens[0]), cond), TOLERANCE)
+    wrong = pretrained.load_diffusers_dit(tmp_path, arithmetic="official").blocks.blocks
+    wrong = jax.tree.map(lambda x: x[0], wrong)
+    assert not tree_allclose(target, wrong(jnp.asarray(tokens[0]), cond), 10 * TOLERANCE)
+
+
+def test_writing_is_exact_or_refused(tmp_path):
+    network = tiny()
+    with pytest.raises(ValueError, match=r"arithmetic='diffusers', or pass allow_mismatch=True"):
+        pretrained.save_diffusers_dit(network, tmp_path)
+    assert not list(tmp_path.iterdir())
+    pretrained.save_diffusers_dit(network, tmp_path, allow_mismatch=True)
+    assert tree_allclose(network, pretrained.load_diffusers_dit(tmp_path, arithmetic="official"))
+    for other in (
+        tiny(num_classes=None),
+        tiny(mlp_ratio=2.0),
+        tiny(block=edt.AdaLNBlock),
+        tiny(block=edt.CrossAttentionBlock),
+        tiny(final=edt.PlainFinalLayer),
+    ):
+        with pytest.raises(ValueError, match="this network has something else"):
+            pretrained.save_diffusers_dit(other, tmp_path, allow_mismatch=True)
+
+
+def test_remat_and_attention_functions_are_no_mismatch(tmp_path):
+    def attend(q, k, v, mask=None):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    block = eqx.Partial(edt.AdaLNZeroBlock, attention=eqx.Partial(edt.Attention, attend=attend))
+    network = tiny(block=block, remat="dots")
+    pretrained.save_diffusers_dit(network, tmp_path, allow_mismatch=True)
+
+
+def test_embedders_that_differ_are_refused(tmp_path):
+    model = their_dit()
+    with torch.no_grad():
+        model.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight[0, 0] += 1e-3
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks differ in transformer_blocks.2.*one embedder"):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_eps": 1e-6}, "norm_eps=1e-06 is not supported"),
+        ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
+        ({"out_channels": 5}, "out_channels=5 is neither"),
+        ({"num_layers": 2}, r"unexpected \(19\): transformer_blocks.2"),
+        ({"num_embeds_ada_norm": 6}, r"is \(6, 32\), not \(7, 32\)"),
+        ({"_class_name": "SD3Transformer2DModel"}, "is of a SD3Transformer2DModel"),
+    ],
+)
+def test_other_configs_are_refused(tmp_path, change, message):
+    their_dit().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+
+
+def test_incomplete_folders(tmp_path):
+    their_dit().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    for damaged in (text[:50], "[]"):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match=r"config.json is not JSON of diffusers"):
+            pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+    config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    with pytest.raises(ValueError, match=r"config.json lacks 'num_attention_heads'"):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+    config.write_text(text)
+    (tmp_path / f"{WEIGHTS}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS}.safetensors or {WEIGHTS}.bin in"):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds config.json beside its weights"):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+
+
+# Where files are.
+
+
+def test_missing_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("nothing.pt", "/no/such/file.pt", "weights/file.pt", "some/file.pt"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no {name}.*owner/name/file"):
+            pretrained.load_dit(name)
+    for name in ("nothing", "weights/folder", "/no/such", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no {name}.*owner/name"):
+            pretrained.load_vae(name)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'equidit\[pretrained\]'"):
+        pretrained.load_vae("owner/name")
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    their_dit().save_pretrained(tmp_path / "folder")
+    torch.save(state_dict(), tmp_path / "file.pt")
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        asked.append((name, "transformer/config.json" in allow_patterns))
+        return str(tmp_path / "folder")
+
+    def hf_hub_download(name, file):
+        asked.append((name, file))
+        return str(tmp_path / "file.pt")
+
+    hub = types.SimpleNamespace(
+        snapshot_download=snapshot_download, hf_hub_download=hf_hub_download
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    pretrained.load_diffusers_dit("facebook/DiT-XL-2-256", arithmetic="official")
+    pretrained.load_dit("owner/name.x/some/file.pt", num_heads=2)
+    assert asked == [("facebook/DiT-XL-2-256", True), ("owner/name.x", "some/file.pt")]
