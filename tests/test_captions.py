@@ -103,15 +103,7 @@ def test_prompts(example):
     np.testing.assert_array_equal(embeddings.any(axis=2), mask)
 
 
-@pytest.fixture
-def _compile_quickly():
-    # No program of a short run runs twice.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_compile_quickly")
+@pytest.mark.usefixtures("compile_quickly")
 def test_a_short_run(example, tmp_path, capsys):
     small = shlex.split("--steps 3 --batch-size 4 --hidden-size 16 --depth 1 --samples 8")
     out = tmp_path / "run"
@@ -127,7 +119,7 @@ def test_a_short_run(example, tmp_path, capsys):
         assert 0 <= results[name]["caption"] < 0.1
         assert results[name]["caption"] <= min(results[name][k] for k in example.Caption._fields)
     picture = matplotlib.image.imread(out / "captions.png")
-    assert picture.shape == (720, 960, 4)
+    assert picture.shape == (720, 1040, 4)
     assert picture[..., :3].std() > 0.05
     printed = capsys.readouterr().out
     assert "held out" in printed
