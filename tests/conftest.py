@@ -1,3 +1,4 @@
+import gc
 import tempfile
 
 import jax
@@ -20,3 +21,11 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530 by default."""
+    yield
+    jax.clear_caches()
+    gc.collect()
