@@ -54,6 +54,11 @@ def find(path: StrPath, *, file: bool = False, subfolder: str = "") -> Path:
     return local
 
 
+def is_file(path: StrPath) -> bool:
+    """Whether a path is that of a file of weights, not of a folder; by its name if not here."""
+    return Path(path).is_file() if Path(path).exists() else Path(path).suffix in _READERS
+
+
 def _download(name: str, *, file: bool, subfolder: str) -> Path:
     owner, *rest = name.split("/")
     wanted = "owner/name/file" if file else "owner/name"
@@ -74,8 +79,8 @@ def _download(name: str, *, file: bool, subfolder: str) -> Path:
     return Path(hub.snapshot_download(name, allow_patterns=patterns))
 
 
-def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """The config.json of one of diffusers' folders."""
+def read_config(folder: Path, class_name: str, *older: str) -> dict[str, Any]:
+    """The config.json of one of diffusers' folders; `older`: what the class was called before."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -85,9 +90,9 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         found = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON of diffusers: {error}. Download it again") from error
-    if found != class_name:
+    if found not in (class_name, *older):
         raise ValueError(f"{path} is of a {found}, not of diffusers' {class_name}")
     return config
 

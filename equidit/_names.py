@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import einops
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +86,11 @@ _KERNEL = "patch_embed.weight"
 _STACK = "blocks."
 
 
+def name_of(table: Table, leaf: str) -> str:
+    """Their name of a leaf: in the first block, and the first of several that are joined."""
+    return _keys(table, leaf, 1)[0][0]
+
+
 def export(network: Any, table: Table) -> dict[str, Array]:
     """The network's arrays under the other names, in the other shapes."""
     found: dict[str, Array] = {}
@@ -106,8 +110,7 @@ def fill(skeleton: Tree, table: Table, weights: Weights, source: str) -> Tree:
 
     `ValueError` that lists what is missing, unexpected and of another shape.
     """
-    expected = eqx.filter_eval_shape(export, skeleton, table)
-    _compare({name: leaf.shape for name, leaf in expected.items()}, weights, source)
+    _compare(_expected(skeleton, table), weights, source)
     depth = _depth(skeleton)
 
     def leaf_of(name: str, shape: tuple[int, ...]) -> Array:
@@ -131,6 +134,19 @@ def fill(skeleton: Tree, table: Table, weights: Weights, source: str) -> Tree:
 
     leaves = [leaf_of(name, leaf.shape) for name, leaf in _named(skeleton).items()]
     return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+
+
+def _expected(skeleton: Any, table: Table) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `export` gives, without tracing it: a file may claim many blocks."""
+    found: dict[str, tuple[int, ...]] = {}
+    depth = _depth(skeleton)
+    for name, leaf in _named(skeleton).items():
+        first, *rest = leaf.shape[1:] if name.startswith(_STACK) else leaf.shape
+        if name == _KERNEL:
+            rest = [skeleton.in_channels, skeleton.patch_size, skeleton.patch_size]
+        for keys in _keys(table, name, depth):
+            found |= dict.fromkeys(keys, (first // len(keys), *rest))
+    return found
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:

@@ -13,12 +13,12 @@ as float32, whatever the file has, without a random initialisation on the way.
 files are `owner/name/file.pt`.
 """
 
+import dataclasses
 import logging
-import math
-import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -29,10 +29,10 @@ from ._conditioning import LabelConditioner
 from ._dit import DiT
 from ._files import (
     StrPath,
-    Tensor,
     Weights,
     find,
     from_arrays,
+    is_file,
     read_config,
     read_file,
     read_folder,
@@ -41,7 +41,16 @@ from ._files import (
 from ._layers import Attention
 from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, export, fill, modern_attention
 from ._ops import layer_norm, sincos_2d, timestep_features
-from .configs import CONFIGS
+from ._sizes import (
+    FIXED,
+    autoencoder_sizes,
+    diffusers_config,
+    grid_side,
+    is_sit,
+    official_config,
+    positive,
+)
+from .configs import Config
 from .vae import Autoencoder
 
 # Each made once: networks are compared, and compiled, by the identity of their functions.
@@ -50,6 +59,60 @@ _NORM_MLP = partial(layer_norm, eps=1e-5)
 _PUBLISHED = {"hidden_size": 1152, "depth": 28, "patch_size": 2, "num_classes": 1000}
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What a file or folder of weights holds: see [`equidit.pretrained.describe`][].
+
+    **Fields:**
+
+    - `config`: the network's sizes.
+    - `sample_size`: height and width of the latents that it was made for, or `None` if the file
+        does not tell.
+    - `time`: `"steps"` if the network is told the time in diffusion steps, `"unit"` if in [0, 1],
+        as SiT's are.
+    - `kind`: `"official"` for a file, to be read by [`equidit.pretrained.load_dit`][]; or
+        `"diffusers"` for a folder, by [`equidit.pretrained.load_diffusers_dit`][].
+    """
+
+    config: Config
+    sample_size: int | None
+    time: Literal["steps", "unit"]
+    kind: Literal["official", "diffusers"]
+
+
+def describe(path: StrPath, *, num_heads: int | None = None) -> Published:
+    """What a file or folder with a DiT holds, from its headers and config: no weights are read.
+
+    From the hub, though, it is the whole file that is downloaded, and kept.
+
+    **Arguments:**
+
+    - `path`: a file for [`equidit.pretrained.load_dit`][], or a folder for
+        [`equidit.pretrained.load_diffusers_dit`][]. A SiT is told by the model's name in the file's
+        own arguments, or else by a file name that begins with `SiT`.
+    - `num_heads`: as for `load_dit`. A folder's config has its own.
+
+    **Raises:**
+
+    As those functions do for damaged files and other networks, as far as names and shapes tell;
+    `ValueError` if a folder's config has another `num_heads`.
+    """
+    if not is_file(path):
+        _, config, side, source = _read_diffusers(path)
+        if num_heads not in (None, config.num_heads):
+            raise ValueError(f"num_heads={num_heads}, but {source} has {config.num_heads}")
+        return Published(config, side, "steps", "diffusers")
+    local = find(path, file=True)
+    weights, args = read_file(local)
+    config = official_config(weights, args, num_heads, str(local))
+    side = None
+    if "pos_embed" in weights:
+        grid = grid_side(weights["pos_embed"], config.hidden_size, str(local))
+        side = grid * config.patch_size
+    time = "unit" if is_sit(args, Path(path).name) else "steps"
+    return Published(config, side, time, "official")
 
 
 def load_dit(
@@ -95,132 +158,58 @@ def _from_official(
 ) -> DiT:
     weights = dict(weights)
     positions = weights.pop("pos_embed", None)
-    sizes = _sizes_of_official({name: tensor.shape for name, tensor in weights.items()}, source)
-    heads = _num_heads(args, sizes, source) if num_heads is None else num_heads
-    network = fill(_skeleton(arithmetic, num_heads=heads, **sizes), OFFICIAL, weights, source)
+    config = official_config(weights, args, num_heads, source)
+    network = fill(_skeleton(arithmetic, config), OFFICIAL, weights, source)
     if positions is not None:
-        _check_positions(positions, sizes["hidden_size"], source)
-    _tell_licence(sizes)
+        side = grid_side(positions, config.hidden_size, source)
+        table = sincos_2d(config.hidden_size, (side, side))
+        # Half precision keeps three digits.
+        if not np.allclose(positions.read()[0], table, rtol=0, atol=5e-3):
+            raise ValueError(f"{source}: pos_embed is not the sine-cosine table that DiT computes")
+    _tell_licence(config)
     return network
 
 
-def _sizes_of_official(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-    keys = {
-        "x_embedder.proj.weight": 4,
-        "y_embedder.embedding_table.weight": 2,
-        "blocks.0.mlp.fc1.weight": 2,
-        "final_layer.linear.bias": 1,
-    }
-    if wrong := [name for name, rank in keys.items() if len(shapes.get(name, ())) != rank]:
-        raise ValueError(
-            f"{source} is no state dict of an official DiT: missing or of another shape are "
-            f"{', '.join(wrong)}; it holds {', '.join(sorted(shapes)[:20]) or 'nothing'}"
-        )
-    patch, table, mlp, final = (shapes[name] for name in keys)
-    hidden_size, in_channels, patch_size, _ = patch
-    blocks = {m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
-    features = in_channels * patch_size**2
-    if not features or final[0] not in (features, 2 * features):
-        raise ValueError(
-            f"{source}: final_layer.linear.bias has {final[0]} entries, which is neither "
-            f"{features}, the patches' size, nor twice that, with a learned variance"
-        )
-    return {
-        "in_channels": in_channels,
-        "patch_size": patch_size,
-        "hidden_size": hidden_size,
-        "depth": len(blocks),
-        "num_classes": table[0] - 1,
-        "mlp_hidden": mlp[0],
-        "learn_sigma": final[0] == 2 * features,
-    }
-
-
-def _num_heads(args: Any, sizes: dict[str, Any], source: str) -> int:
-    options = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-    if isinstance(options.get("num_heads"), int):
-        return options["num_heads"]
-    named = CONFIGS.get(re.sub("^SiT", "DiT", str(options.get("model"))))
-    size = (sizes["hidden_size"], sizes["depth"])
-    for row in (named, *CONFIGS.values()):
-        if row is not None and (row.hidden_size, row.depth) == size:
-            return row.num_heads
-    raise ValueError(
-        f"{source}: the number of attention heads is unknown, since no array tells it and no row "
-        f"of CONFIGS has hidden_size={size[0]} and depth={size[1]}: pass num_heads="
-    )
-
-
-def _check_positions(positions: Tensor, dim: int, source: str) -> None:
-    side = math.isqrt(positions.shape[1]) if len(positions.shape) == 3 else 0
-    if side < 1 or positions.shape != (1, side * side, dim):
-        raise ValueError(
-            f"{source}: pos_embed is {positions.shape}, not (1, a square number, {dim})"
-        )
-    # Half precision keeps three digits.
-    if not np.allclose(positions.read()[0], sincos_2d(dim, (side, side)), rtol=0, atol=5e-3):
-        raise ValueError(f"{source}: pos_embed is not the sine-cosine table that DiT computes")
-
-
-def _skeleton(
-    arithmetic: str,
-    *,
-    in_channels: int,
-    patch_size: int,
-    hidden_size: int,
-    depth: int,
-    num_heads: int,
-    num_classes: int,
-    mlp_hidden: int,
-    learn_sigma: bool,
-    remat: str | None = None,
-    attention: Any = Attention,
-) -> DiT:
+def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> DiT:
     """The network, with shapes in place of arrays."""
     if arithmetic not in ("official", "diffusers"):
         raise ValueError(f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'")
     theirs = arithmetic == "diffusers"
 
     def make(key: jax.Array) -> DiT:
+        assert config.num_classes is not None
         return DiT(
-            in_channels,
-            patch_size,
-            hidden_size,
-            depth,
-            num_heads,
+            config.in_channels,
+            config.patch_size,
+            config.hidden_size,
+            config.depth,
+            config.num_heads,
             None,
-            # `int(hidden_size * mlp_ratio)` must not fall below.
-            mlp_ratio=math.nextafter(mlp_hidden / hidden_size, math.inf),
-            learn_sigma=learn_sigma,
+            mlp_ratio=config.mlp_ratio,
+            learn_sigma=config.learn_sigma,
             block=partial(
                 AdaLNZeroBlock, attention=attention, norm_mlp=_NORM_MLP if theirs else None
             ),
             conditioner=LabelConditioner(
-                num_classes, hidden_size, features=_FEATURES if theirs else None, key=key
+                config.num_classes,
+                config.hidden_size,
+                features=_FEATURES if theirs else None,
+                key=key,
             ),
-            remat=remat,
+            remat=config.remat,
             key=key,
         )
 
     return eqx.filter_eval_shape(make, jax.random.key(0))
 
 
-def _tell_licence(sizes: dict[str, Any]) -> None:
-    if _PUBLISHED.items() <= sizes.items() and not _told:
+def _tell_licence(config: Config) -> None:
+    if _PUBLISHED.items() <= dataclasses.asdict(config).items() and not _told:
         _told.add("licence")
         _log.warning(
             "the published DiT-XL/2 weights are under CC-BY-NC 4.0, for non-commercial use: "
             "https://github.com/facebookresearch/DiT/blob/main/LICENSE.txt"
         )
-
-
-_FIXED = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "norm_type": "ada_norm_zero",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-5,
-}
 
 
 def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
@@ -238,33 +227,27 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
     As [`equidit.pretrained.load_dit`][]; `ValueError` also for a config of another kind of model,
     and if the blocks' own embedders of timestep and label differ: here one serves all.
     """
-    folder = find(path, subfolder="transformer")
-    config = read_config(folder, "DiTTransformer2DModel")
-    _check_fixed(config, _FIXED, folder)
-    try:
-        heads, channels = config["num_attention_heads"], config["in_channels"]
-        hidden_size = heads * config["attention_head_dim"]
-        out_channels = config.get("out_channels") or channels
-        sizes = {
-            "in_channels": channels,
-            "patch_size": config["patch_size"],
-            "hidden_size": hidden_size,
-            "depth": config["num_layers"],
-            "num_classes": config["num_embeds_ada_norm"],
-            "mlp_hidden": 4 * hidden_size,
-            "learn_sigma": out_channels == 2 * channels,
-        }
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(
-            f"{folder / 'config.json'}: out_channels={out_channels} is neither "
-            f"in_channels={channels} nor twice that"
-        )
-    weights, file = read_folder(folder)
-    network = fill(_skeleton(arithmetic, num_heads=heads, **sizes), DIFFUSERS, weights, str(file))
-    _tell_licence(sizes)
+    weights, config, _, source = _read_diffusers(path)
+    network = fill(_skeleton(arithmetic, config), DIFFUSERS, weights, source)
+    _tell_licence(config)
     return network
+
+
+def _read_diffusers(path: StrPath) -> tuple[Weights, Config, int | None, str]:
+    """Weights, sizes, the latents' side, and the file of weights."""
+    folder = find(path, subfolder="transformer")
+    # Published under the older name, when one class served several kinds of transformer.
+    theirs = read_config(folder, "DiTTransformer2DModel", "Transformer2DModel")
+    weights, file = read_folder(folder)
+    where = folder / "config.json"
+    config = diffusers_config(weights, theirs, where, str(file))
+    side = theirs.get("sample_size")
+    return (
+        weights,
+        config,
+        side if side is None else positive(theirs, "sample_size", where),
+        str(file),
+    )
 
 
 def save_diffusers_dit(
@@ -310,29 +293,30 @@ def save_diffusers_dit(
         "patch_size": network.patch_size,
         "sample_size": sample_size,
     }
-    write_folder(path, config | _FIXED, export(network, DIFFUSERS))
+    write_folder(path, config | FIXED, export(network, DIFFUSERS))
 
 
 def _kind_of(network: DiT) -> str | None:
     """Which arithmetic a network has: that whose skeleton, for its sizes, is the same."""
+    if not isinstance(network.conditioner, LabelConditioner):
+        return None
     try:
-        block = network.blocks.blocks
-        sizes: dict[str, Any] = {
-            "in_channels": network.in_channels,
-            "patch_size": network.patch_size,
-            "hidden_size": network.patch_embed.weight.shape[0],
-            "depth": network.blocks.depth,
-            "num_heads": block.attention.num_heads,
-            "num_classes": network.conditioner.null,
-            "mlp_hidden": 4 * network.patch_embed.weight.shape[0],
-            "learn_sigma": network.out_channels != network.in_channels,
-            "remat": network.blocks.remat,
-            "attention": partial(Attention, attend=block.attention.attend),
-        }
+        attention = network.blocks.blocks.attention
+        config = Config(
+            network.patch_size,
+            network.patch_embed.weight.shape[0],
+            network.blocks.depth,
+            attention.num_heads,
+            network.in_channels,
+            network.conditioner.null,
+            learn_sigma=network.out_channels != network.in_channels,
+            remat=network.blocks.remat,
+        )
+        make_attention = partial(Attention, attend=attention.attend)
     except AttributeError:
         return None
     for arithmetic in ("official", "diffusers"):
-        skeleton = _skeleton(arithmetic, **sizes)
+        skeleton = _skeleton(arithmetic, config, make_attention)
         if jax.tree.structure(network) == jax.tree.structure(skeleton) and all(
             a.shape == b.shape
             for a, b in zip(jax.tree.leaves(network), jax.tree.leaves(skeleton), strict=True)
@@ -356,41 +340,11 @@ def load_vae(path: StrPath) -> Autoencoder:
     """
     folder = find(path, subfolder="vae")
     config = read_config(folder, "AutoencoderKL")
-    widths = tuple(config.get("block_out_channels", (64,)))
-    fixed = {
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "latents_mean": None,
-        "latents_std": None,
-    }
-    _check_fixed(config, fixed, folder)
-    skeleton = eqx.filter_eval_shape(
-        Autoencoder,
-        config.get("in_channels", 3),
-        config.get("out_channels", 3),
-        config.get("latent_channels", 4),
-        widths,
-        config.get("layers_per_block", 1),
-        config.get("norm_num_groups", 32),
-        config.get("scaling_factor", 0.18215),
-        config.get("shift_factor") or 0.0,
-        config.get("use_quant_conv", True),
-        config.get("use_post_quant_conv", True),
-        config.get("mid_block_add_attention", True),
-        key=jax.random.key(0),
-    )
     weights, file = read_folder(folder)
-    return fill(skeleton, AUTOENCODER, modern_attention(weights, file), str(file))
-
-
-def _check_fixed(config: dict[str, Any], fixed: dict[str, Any], folder: Any) -> None:
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"{folder / 'config.json'}: {name}={config[name]!r} is not supported, "
-                f"only {value!r}"
-            )
+    weights = modern_attention(weights, file)
+    sizes = autoencoder_sizes(weights, config, folder / "config.json", str(file))
+    skeleton = eqx.filter_eval_shape(Autoencoder, **sizes, key=jax.random.key(0))
+    return fill(skeleton, AUTOENCODER, weights, str(file))
 
 
 def save_vae(vae: Autoencoder, path: StrPath) -> None:

@@ -24,6 +24,7 @@ NETWORK = [
     "vae",
     "_files",
     "_names",
+    "_sizes",
     "pretrained",
 ]
 PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]

@@ -47,6 +47,10 @@ def state_dict(name="dit_tiny"):
     return tensors(official(golden(name)))
 
 
+def change_config(path, **change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
 def write_safetensors(path, header, data=b""):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -208,6 +212,105 @@ def test_no_random_initialisation(monkeypatch):
     assert kinds == {jax.ShapeDtypeStruct}
 
 
+# What a file says it is.
+
+
+def describe_of(path, state, args=None, **options):
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save({"model": state, "args": args}, path)
+    return pretrained.describe(path, **options)
+
+
+TINY = edt.Config(2, 32, 2, 2, num_classes=4)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_describes_official_files(tmp_path, suffix):
+    state = state_dict()
+    found = describe_of(tmp_path / f"DiT{suffix}", state, num_heads=2)
+    # 16 positions are a grid of 4x4 patches.
+    assert found == pretrained.Published(TINY, 8, "steps", "official")
+    assert len(jax.tree.leaves(edt.build(found.config, key=jax.random.key(0)))) == len(
+        jax.tree.leaves(pretrained.load_dit(tmp_path / f"DiT{suffix}", num_heads=2))
+    )
+    del state["pos_embed"]
+    assert describe_of(tmp_path / f"DiT{suffix}", state, num_heads=2).sample_size is None
+
+
+def test_describes_sits(tmp_path):
+    state = state_dict()
+    args = argparse.Namespace(model="SiT-XL/2", num_heads=2)
+    found = describe_of(tmp_path / "0400000.pt", state, args)
+    assert found == pretrained.Published(TINY, 8, "unit", "official")
+    args = argparse.Namespace(model="DiT-XL/2", num_heads=2)
+    assert describe_of(tmp_path / "0400000.pt", state, args).time == "steps"
+    assert describe_of(tmp_path / "a-SiT.pt", state, num_heads=2).time == "steps"
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"SiT-XL-2-256x256{suffix}"
+        assert describe_of(path, state, num_heads=2).time == "unit"
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_describes_folders(tmp_path, learn_sigma):
+    their_dit(learn_sigma).save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text("{}")
+    config = edt.Config(2, 32, 3, 2, num_classes=5, learn_sigma=learn_sigma)
+    expected = pretrained.Published(config, 8, "steps", "diffusers")
+    assert pretrained.describe(tmp_path) == expected
+    assert pretrained.describe(tmp_path / "transformer", num_heads=2) == expected
+    with pytest.raises(ValueError, match=r"num_heads=4, but .* has 2"):
+        pretrained.describe(tmp_path, num_heads=4)
+    path = tmp_path / "transformer" / "config.json"
+    change_config(path, sample_size=None)
+    assert pretrained.describe(tmp_path).sample_size is None
+    change_config(path, sample_size=-8)
+    with pytest.raises(ValueError, match=r"config.json: sample_size=-8 must be a positive"):
+        pretrained.describe(tmp_path)
+
+
+def test_describing_reads_no_weights(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("weights were read")
+
+    their_dit().save_pretrained(tmp_path / "folder")
+    torch.save(state_dict(), tmp_path / "file.pt")
+    for name in ("numpy", "float"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", refuse)
+        assert pretrained.describe(tmp_path / "folder").kind == "diffusers"
+        assert pretrained.describe(tmp_path / "file.pt", num_heads=2).kind == "official"
+        with pytest.raises(AssertionError, match="weights were read"):
+            pretrained.load_diffusers_dit(tmp_path / "folder", arithmetic="diffusers")
+    with pytest.raises(AssertionError, match="weights were read"):
+        pretrained.load_dit(tmp_path / "file.pt", num_heads=2)
+
+
+def test_describing_what_is_no_dit(tmp_path):
+    state = state_dict()
+    with pytest.raises(ValueError, match=r"hidden_size=32 and depth=2: pass num_heads="):
+        describe_of(tmp_path / "a.pt", state)
+    with pytest.raises(ValueError, match=r"num_heads=5 does not divide hidden_size=32"):
+        describe_of(tmp_path / "a.pt", state, num_heads=5)
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 15, 32\)"):
+        describe_of(tmp_path / "a.pt", state | {"pos_embed": torch.ones(1, 15, 32)}, num_heads=2)
+    (tmp_path / "a.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="truncated"):
+        pretrained.describe(tmp_path / "a.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds config.json beside its weights"):
+        pretrained.describe(tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match="is of a AutoencoderKL, not of diffusers' DiT"):
+        pretrained.describe(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match=r"there is no nothing\.pt"):
+        pretrained.describe("nothing.pt")
+
+
 # Bad files.
 
 
@@ -356,6 +459,17 @@ def test_their_dit_here(tmp_path, learn_sigma, safe):
     assert not tree_allclose(target, our_output(other), 10 * TOLERANCE)
 
 
+def test_the_older_class_name(tmp_path):
+    """Of the folders that were published."""
+    their_dit().save_pretrained(tmp_path)
+    network = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+    change_config(tmp_path / "config.json", _class_name="Transformer2DModel")
+    assert tree_allclose(network, pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers"))
+    change_config(tmp_path / "config.json", norm_type="ada_norm_single")
+    with pytest.raises(ValueError, match="norm_type='ada_norm_single' is not supported"):
+        pretrained.describe(tmp_path)
+
+
 def test_our_dit_there(tmp_path):
     official_weights = official(golden("dit_tiny_unit"))
     network = pretrained.from_state_dict(official_weights, num_heads=4, arithmetic="diffusers")
@@ -434,16 +548,16 @@ def test_embedders_that_differ_are_refused(tmp_path):
     [
         ({"norm_eps": 1e-6}, "norm_eps=1e-06 is not supported"),
         ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
-        ({"out_channels": 5}, "out_channels=5 is neither"),
-        ({"num_layers": 2}, r"unexpected \(19\): transformer_blocks.2"),
-        ({"num_embeds_ada_norm": 6}, r"is \(6, 32\), not \(7, 32\)"),
+        ({"out_channels": 5}, r"out_channels=5, but the weights in .* have 8"),
+        ({"num_layers": 2}, r"config.json: num_layers=2, but the weights in .* have 3"),
+        ({"num_embeds_ada_norm": 6}, "num_embeds_ada_norm=6, but .* have 5"),
+        ({"attention_head_dim": 8}, "attention_head_dim=8 make 16, but the tokens of .* have 32"),
         ({"_class_name": "SD3Transformer2DModel"}, "is of a SD3Transformer2DModel"),
     ],
 )
 def test_other_configs_are_refused(tmp_path, change, message):
     their_dit().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_config(tmp_path / "config.json", **change)
     with pytest.raises(ValueError, match=message):
         pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
 
@@ -505,3 +619,6 @@ def test_the_hub(tmp_path, monkeypatch):
     pretrained.load_diffusers_dit("facebook/DiT-XL-2-256", arithmetic="official")
     pretrained.load_dit("owner/name.x/some/file.pt", num_heads=2)
     assert asked == [("facebook/DiT-XL-2-256", True), ("owner/name.x", "some/file.pt")]
+    assert pretrained.describe("facebook/DiT-XL-2-256").kind == "diffusers"
+    assert pretrained.describe("owner/name.x/SiT-B.pt", num_heads=2).time == "unit"
+    assert asked[2:] == [("facebook/DiT-XL-2-256", True), ("owner/name.x", "SiT-B.pt")]
