@@ -4,19 +4,26 @@ import json
 import math
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from ._common import extra
 
 StrPath = str | os.PathLike[str]
 
+_WEIGHTS = "diffusion_pytorch_model"
+_INDEX = f"{_WEIGHTS}.safetensors.index.json"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+# What safetensors itself reads.
+_LONGEST_HEADER = 100_000_000
 
 
 class Tensor(NamedTuple):
@@ -74,7 +81,7 @@ def _download(name: str, *, file: bool, subfolder: str) -> Path:
         import huggingface_hub as hub
     if file:
         return Path(hub.hf_hub_download(f"{owner}/{rest[0]}", "/".join(rest[1:])))
-    files = ["config.json", "diffusion_pytorch_model.*"]
+    files = ["config.json", f"{_WEIGHTS}*"]
     patterns = ["model_index.json", *files, *(f"{subfolder}/{file}" for file in files)]
     return Path(hub.snapshot_download(name, allow_patterns=patterns))
 
@@ -98,12 +105,38 @@ def read_config(folder: Path, class_name: str, *older: str) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> tuple[Weights, Path]:
-    """The weights in one of diffusers' folders."""
-    names = [f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
-    for path in (folder / name for name in names):
+    """The weights in one of diffusers' folders, in one file or in shards."""
+    suffixes = (".safetensors", ".fp16.safetensors", ".bin")
+    names = [f"{_WEIGHTS}{suffix}" for suffix in suffixes]
+    for path in (folder / name for name in (names[0], _INDEX, *names[1:])):
         if path.is_file():
-            return read_file(path)[0], path
-    raise FileNotFoundError(f"there is no {' or '.join(names)} in {folder}")
+            return _read_shards(path) if path.name == _INDEX else read_file(path)[0], path
+    raise FileNotFoundError(f"there is no {', '.join(names)} or {_INDEX} in {folder}")
+
+
+def _read_shards(index: Path) -> Weights:
+    """The weights in the safetensors files that an index names."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+        files = {str(file) for file in places.values()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of shards: {error!r}. Download it again") from error
+    shards = {}
+    for file in sorted(files):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(f"{index} names {file!r}, which is no safetensors file beside it")
+        path = index.parent / file
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}, which {index.name} names: download it")
+        shards[file] = read_file(path)[0]
+    if lost := [name for name, file in places.items() if name not in shards[file]]:
+        raise ValueError(f"{index} has {lost[0]} in {places[lost[0]]}, which lacks it")
+    for file, shard in shards.items():
+        if more := [name for name in shard if places.get(name) != file]:
+            raise ValueError(
+                f"{index.parent / file} holds {more[0]}, which {index.name} does not say"
+            )
+    return {name: shards[file][name] for name, file in places.items()}
 
 
 def read_file(path: Path, *, ema: bool = True) -> tuple[Weights, Any]:
@@ -148,8 +181,13 @@ def _read_torch(path: Path, ema: bool) -> tuple[Weights, Any]:
 def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
     import torch
 
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"{path}: {name} is no floating-point tensor")
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or not tensor.is_floating_point()
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+    ):
+        raise ValueError(f"{path}: {name} is no dense floating-point tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"{path}: {name} claims {tuple(tensor.shape)}, more than the file holds")
     return Tensor(tuple(tensor.shape), lambda: tensor.detach().float().numpy())
@@ -166,7 +204,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"it claims a header of {length} bytes, but has {size} bytes")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -177,6 +215,8 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{name} is of dtype {entry['dtype']}, not of {', '.join(_DTYPES)}")
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            raise ValueError(f"{name} claims {shape} at {begin} to {end}")
         if not 0 <= begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} claims {shape} at bytes {begin} to {end} of {data.size}")
 
@@ -184,17 +224,71 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             return part.view(dtype).reshape(shape).astype(np.float32, copy=False)
 
         yield name, Tensor(shape, read)
+    if sum(end - begin for begin, end in (e["data_offsets"] for e in header.values())) > data.size:
+        raise ValueError("its arrays overlap")
 
 
 _READERS = {".safetensors": _read_safetensors, ".pt": _read_torch, ".bin": _read_torch}
 
 
-def write_folder(path: StrPath, config: dict[str, Any], arrays: Mapping[str, Array]) -> None:
-    """One of diffusers' folders, in float32."""
+def write_folder(path: StrPath, config: dict[str, Any], arrays: Mapping[str, Any]) -> None:
+    """One of diffusers' folders, in float32.
+
+    It is written beside its place, under a hidden name, and moved there when it is on the disk:
+    whatever fails, nothing half-written is ever at `path`, and what was there stays.
+    """
     with extra("pretrained"):
         from safetensors.numpy import save_file
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    # Of a symbolic link, it is what it leads to that is replaced.
+    folder = Path(path).resolve()
+    _check_replaceable(folder, config["_class_name"])
     tensors = {name: np.array(array, np.float32) for name, array in arrays.items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    new, old = (folder.with_name(f".{folder.name}.{mark}.{age}") for age in ("new", "old"))
+    try:
+        new.mkdir()
+        save_file(tensors, new / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for file in (*new.iterdir(), new):
+            _to_disk(file)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, class_name: str) -> None:
+    """`FileExistsError` unless a folder is absent, empty, or one of the same class."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give the path of a folder")
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return
+    others = [n for n in names if n != "config.json" and not n.startswith(_WEIGHTS)]
+    try:
+        if others:
+            raise ValueError(f"it holds {sorted(others)[0]}")
+        read_config(folder, class_name)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(
+            f"{folder} holds something else than a {class_name} and would be replaced: {error}. "
+            "Give a new path, or remove it"
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    """What was written to a file, or the names in a folder, survive a loss of power from here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -22,7 +22,7 @@ from helpers import difference, golden, official, tiny, tree_allclose
 from test_golden import network_failures
 
 import equidit as edt
-from equidit import pretrained
+from equidit import _files, pretrained
 from equidit._names import OFFICIAL, export
 
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
@@ -349,6 +349,12 @@ def test_truncated_files(tmp_path, suffix, share):
         ({"a": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 16]}}, "a claims"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}, "a claims"),
         ({"a": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}}, "dtype I64"),
+        ({"a": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}}, "a claims"),
+        ({"a": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}, "a claims"),
+        (
+            {n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "ab"},
+            "its arrays overlap",
+        ),
         ({"a": 1}, "damaged"),
         ([], "damaged"),
     ],
@@ -380,8 +386,10 @@ def test_what_is_no_state_dict(tmp_path):
     for content, message in (
         ([1, 2], "a list, not a dictionary"),
         ({}, "not a dictionary of weights"),
-        ({"a": 3}, "a is no floating-point tensor"),
-        ({"a": torch.ones(3, dtype=torch.int64)}, "a is no floating-point tensor"),
+        ({"a": 3}, "a is no dense floating-point tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "a is no dense floating-point tensor"),
+        ({"a": torch.ones(3, device="meta")}, "a is no dense floating-point tensor"),
+        ({"a": torch.ones(3, dtype=torch.int64)}, "a is no dense floating-point tensor"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
@@ -575,11 +583,186 @@ def test_incomplete_folders(tmp_path):
         pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
     config.write_text(text)
     (tmp_path / f"{WEIGHTS}.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS}.safetensors or {WEIGHTS}.bin in"):
+    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS}.safetensors, .*{WEIGHTS}.bin or "):
         pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"holds config.json beside its weights"):
         pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+
+
+# Folders in shards.
+
+
+def sharded(folder):
+    model = their_dit()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    assert len(set(places.values())) > 2
+    return model, index, places
+
+
+def test_shards(tmp_path):
+    model, _, places = sharded(tmp_path / "shards")
+    network = pretrained.load_diffusers_dit(tmp_path / "shards", arithmetic="diffusers")
+    model.save_pretrained(tmp_path / "whole")
+    whole = pretrained.load_diffusers_dit(tmp_path / "whole", arithmetic="diffusers")
+    assert tree_allclose(whole, network)
+    assert pretrained.describe(tmp_path / "shards") == pretrained.describe(tmp_path / "whole")
+    (tmp_path / "shards" / places["proj_out_2.bias"]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*-of-.*, which .*index.json names"):
+        pretrained.describe(tmp_path / "shards")
+
+
+def test_half_precision_files(tmp_path):
+    their_dit().half().save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / f"{WEIGHTS}.fp16.safetensors").is_file()
+    model = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path, variant="fp16").eval()
+    network = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+    assert tree_allclose(their_output(model), our_output(network), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: {**m, "proj_out_2.bias": m["pos_embed.proj.bias"]},
+            r"proj_out_2.bias in .* lac",
+        ),
+        (lambda m: {**m, "more": m["proj_out_2.bias"]}, r"has more in .*, which lacks it"),
+        (
+            lambda m: {k: v for k, v in m.items() if k != "proj_out_2.bias"},
+            r"holds proj_out_2.bias",
+        ),
+        (lambda m: {**m, "proj_out_2.bias": "../other.safetensors"}, r"names '\.\./other"),
+        (lambda m: {**m, "proj_out_2.bias": "/tmp/other.safetensors"}, r"names '/tmp/other"),
+        (lambda m: {**m, "proj_out_2.bias": "a\\b.safetensors"}, "no safetensors file beside it"),
+        (lambda m: {**m, "proj_out_2.bias": "other.bin"}, "no safetensors file beside it"),
+        (lambda m: {**m, "proj_out_2.bias": None}, "no safetensors file beside it"),
+        (lambda m: {}, "holds nothing"),
+        (lambda m: [1, 2], r"index.json is no index of shards"),
+        (lambda m: None, r"index.json is no index of shards"),
+    ],
+)
+def test_wrong_indices(tmp_path, change, message):
+    _, index, places = sharded(tmp_path)
+    index.write_text(json.dumps({"weight_map": change(places)}))
+    with pytest.raises(ValueError, match=message):
+        pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"weight_map"', "[" * 100_000])
+def test_indices_that_are_none(tmp_path, text):
+    _, index, _ = sharded(tmp_path)
+    index.write_text(text)
+    with pytest.raises(ValueError, match=r"index.json is no index of shards.*Download it again"):
+        pretrained.describe(tmp_path)
+
+
+# Writing.
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write(folder, scale=1.0):
+    network = jax.tree.map(lambda x: scale * x, tiny())
+    pretrained.save_diffusers_dit(network, folder, allow_mismatch=True)
+
+
+def test_writing_replaces_a_folder_of_its_kind(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    write(folder)
+    first = contents(folder)
+    (folder / f"{WEIGHTS}.bin").touch()
+    write(folder, 2.0)
+    second = contents(folder)
+    assert set(first) == set(second) == {"config.json", f"{WEIGHTS}.safetensors"}
+    assert first["config.json"] == second["config.json"]
+    assert first != second
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    write(link)
+    assert link.is_symlink()
+    assert contents(folder) == first
+
+
+@pytest.mark.parametrize("name", ["rename", "mkdir", "write_text"])
+def test_failed_writing_leaves_what_was_there(tmp_path, monkeypatch, name):
+    folder = tmp_path / "folder"
+    write(folder)
+    before = contents(folder)
+    call = getattr(Path, name)
+
+    def fail(self, *args, **options):
+        if name == "rename" and self.name == "folder":
+            return call(self, *args, **options)
+        if name == "rename" and self.name.endswith(".old"):
+            return call(self, *args, **options)
+        if name == "mkdir" and self == tmp_path:
+            return call(self, *args, **options)
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, fail)
+        with pytest.raises(OSError, match="no space left"):
+            write(folder, 2.0)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_writing_is_whole_at_every_step(tmp_path, monkeypatch):
+    """What a process that is killed before any of its steps would leave."""
+    folder = tmp_path / "folder"
+    write(folder)
+    before = contents(folder)
+    left = []
+
+    def watch(call):
+        def watched(*args, **options):
+            left.append([contents(f) for f in (folder, *tmp_path.glob("*.old")) if f.exists()])
+            return call(*args, **options)
+
+        return watched
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "write_text", "rename"):
+            patch.setattr(Path, name, watch(getattr(Path, name)))
+        patch.setattr(_files, "_to_disk", watch(_files._to_disk))
+        write(folder, 2.0)
+    after = contents(folder)
+    assert after != before
+    # Two folders are made, a file and three fsyncs, two renames. Between these the old one has its
+    # other name, after them the new one is there.
+    assert left == [[before]] * 8 + [[after, before]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_text("mine"), "is a file"),
+        (lambda p: (p.mkdir(), (p / "notes").touch()), "it holds notes"),
+        (lambda p: (p.mkdir(), (p / "config.json").write_text("{}")), "is of a None"),
+        (lambda p: (write(p), (p / "notes").touch()), "it holds notes"),
+        (lambda p: (p.mkdir(), (p / f"{WEIGHTS}.bin").touch()), r"there is no .*config.json"),
+        (
+            lambda p: (
+                p.mkdir(),
+                (p / "config.json").write_text('{"_class_name": "AutoencoderKL"}'),
+            ),
+            "is of a AutoencoderKL",
+        ),
+    ],
+)
+def test_writing_replaces_nothing_else(tmp_path, make, message):
+    path = tmp_path / "folder"
+    make(path)
+    before = path.read_text() if path.is_file() else contents(path)
+    with pytest.raises(FileExistsError, match=message):
+        write(path)
+    assert before == (path.read_text() if path.is_file() else contents(path))
 
 
 # Where files are.
