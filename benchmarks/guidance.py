@@ -18,6 +18,7 @@ import numpy as np
 
 import equidit as edt
 from equidit import _report, _run, diffusion as dfn
+from equidit._sampling import Sampler, Sampling, draw
 from equidit.data import DIGITS_CLASSES, DIGITS_SHAPE, Images, digits
 
 from .common import RESULTS, write
@@ -32,20 +33,20 @@ STEPS = (4, 8, 16, 32, 64, 128, 250)
 SCALE = 1.5
 
 
-def figures(network: Any, sampler: _report.Sampler, steps: int, count: int) -> dict[str, float]:
+def figures(network: Any, sampler: Sampler, steps: int, count: int) -> dict[str, float]:
     """Accuracy, and Frechet distance over its floor, of `count` samples."""
     label = np.arange(count, dtype=np.int32) % DIGITS_CLASSES
     keep = dfn.space_timesteps(_run.SCHEDULE_STEPS, steps)
-    image = _report.draw(
+    sampling = Sampling(
         network,
-        label,
+        dfn.Schedule(dfn.linear_betas(_run.SCHEDULE_STEPS), keep),
         null=DIGITS_CLASSES,
         guidance_scale=1.0,
-        schedule=dfn.Schedule(dfn.linear_betas(_run.SCHEDULE_STEPS), keep),
         sampler=sampler,
         shape=DIGITS_SHAPE,
         key=jax.random.key(0),
     )
+    image = draw(sampling, label)
     quality = _report.quality(Images(image, label), *digits())
     return {
         "accuracy": quality["accuracy"],
@@ -63,7 +64,7 @@ def study(network: Any, count: int) -> list[dict[str, Any]]:
             rows.append(row | figures(guided, "ddim", 50, count))
             print(rows[-1], flush=True)
     guided = edt.guide(network, SCALE, DIGITS_CLASSES)
-    samplers: tuple[_report.Sampler, ...] = ("ddim", "ddpm")
+    samplers: tuple[Sampler, ...] = ("ddim", "ddpm")
     for steps in STEPS:
         for sampler in samplers:
             row = {"rule": "plain", "scale": SCALE, "sampler": sampler, "steps": steps}

@@ -1,72 +1,16 @@
-"""What a run shows for itself: samples, pictures, and figures of quality."""
+"""What a run shows for itself: pictures, and figures of quality."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Float
 
-from . import diffusion as dfn
 from ._common import extra
-from ._types import Network
 from .data import Images
-from .guidance import guide
 from .metrics import frechet_distance, nearest_distance
-
-Sampler = Literal["ddim", "ddpm"]
-_STEPS = {
-    "ddim": partial(dfn.ddim_step, clip=True),
-    "ddpm": partial(dfn.ddpm_step, variance="learned", clip=True),
-}
-_CHUNK = 100
-
-
-@partial(jax.jit, static_argnames=("sampler", "shape"))
-def _draw(
-    network: Network,
-    schedule: dfn.Schedule,
-    label: Array,
-    index: Array,
-    key: PRNGKeyArray,
-    *,
-    sampler: Sampler,
-    shape: tuple[int, int, int],
-) -> Array:
-    def one(label: Array, index: Array) -> Array:
-        noise_key, steps_key = jax.random.split(jax.random.fold_in(key, index))
-        step = partial(_STEPS[sampler], network, schedule)
-        noise = jax.random.normal(noise_key, shape)
-        return dfn.sample(step, schedule, noise, label, key=steps_key)
-
-    return jax.vmap(one)(label, index)
-
-
-def draw(
-    network: Network,
-    labels: Integer[np.ndarray, " batch"],
-    *,
-    null: int,
-    guidance_scale: float,
-    schedule: dfn.Schedule,
-    sampler: Sampler,
-    shape: tuple[int, int, int],
-    key: PRNGKeyArray,
-) -> Float[np.ndarray, "batch channels height width"]:
-    """Guided samples in [-1, 1], one a label. Noise belongs to a sample's place in `labels`."""
-    network = guide(network, guidance_scale, jnp.asarray(null, jnp.int32))
-    count = len(labels)
-    # Chunks of one size, the last one filled up, so that one program serves any number.
-    index = np.arange(-(-count // _CHUNK) * _CHUNK, dtype=np.int32).reshape(-1, _CHUNK)
-    label = np.resize(labels.astype(np.int32), index.shape)
-    chunks = [
-        _draw(network, schedule, *pair, key, sampler=sampler, shape=shape)
-        for pair in zip(label, index, strict=True)
-    ]
-    return np.concatenate([np.asarray(chunk) for chunk in chunks])[:count]
 
 
 def quality(samples: Images, train_set: Images, held_out: Images) -> dict[str, float | int]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import __version__, _report, checkpoint, diffusion as dfn
 from ._common import check_positive, extra
+from ._sampling import Sampling, draw
 from ._types import Loss, Network
 from .configs import Config, build
 from .data import DIGITS_CLASSES, DIGITS_SHAPE, Images, batch_indices, check_labels, digits
@@ -357,29 +358,21 @@ class _Throughput:
         return rate
 
 
-def sample(
-    settings: Settings,
-    network: Network,
-    labels: np.ndarray,
-    *,
-    guidance_scale: float | None = None,
-    sampler: _report.Sampler = "ddim",
-    steps: int | None = None,
-    seed: int | None = None,
-) -> np.ndarray:
-    """Draws from a run's network, one image a label, by the run's settings where none is given."""
-    check_labels(labels, DIGITS_CLASSES)
-    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps if steps is None else steps)
-    return _report.draw(
+def sample(settings: Settings, network: Network, labels: np.ndarray) -> np.ndarray:
+    """Draws from a run's network by the run's settings, one image a label."""
+    sampling = Sampling(
         network,
-        labels,
+        dfn.Schedule(
+            dfn.linear_betas(SCHEDULE_STEPS),
+            dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps),
+        ),
         null=DIGITS_CLASSES,
-        guidance_scale=settings.guidance_scale if guidance_scale is None else guidance_scale,
-        schedule=dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
-        sampler=sampler,
+        guidance_scale=settings.guidance_scale,
+        sampler="ddim",
         shape=DIGITS_SHAPE,
-        key=settings.key(3) if seed is None else jax.random.key(seed),
+        key=settings.key(3),
     )
+    return draw(sampling, labels)
 
 
 def report(folder: Folder, *, samples: int = 500) -> dict[str, Any]:

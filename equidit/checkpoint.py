@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -22,7 +23,7 @@ class CheckpointError(ValueError):
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes the arrays of `tree` to a `.npz` file, replacing an older one only once complete."""
-    with _replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in _named(tree).items():
             info = zipfile.ZipInfo(f"{name}.npy")
             # NumPy's format knows bfloat16 and its like only as nameless bytes.
@@ -33,12 +34,13 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
 def replace(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file, replacing an older one only once complete."""
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which replaces an older one at `path` only once complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -86,6 +88,15 @@ def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
         )
     leaves = iter(found[name] for name in wanted)
     return jax.tree.map(lambda leaf: jnp.asarray(next(leaves)) if _is_array(leaf) else leaf, like)
+
+
+def fingerprint(tree: Any) -> str:
+    """Eight hexadecimal digits that depend on every bit, name, shape and dtype of the arrays."""
+    crc = 0
+    for name, leaf in _named(tree).items():
+        crc = zlib.crc32(f"{name} {leaf.dtype} {leaf.shape};".encode(), crc)
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _is_array(leaf: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import numpy as np
 
 from ._common import check_positive, extra
@@ -14,7 +15,15 @@ from ._common import check_positive, extra
 with extra("train"):
     import tyro
 
-from . import _report, _run
+from . import _report, _run, diffusion as dfn, pretrained
+from ._encode import encode
+from ._images import Small, image_folder
+from ._npz import random_labels, write_npz
+from ._sampling import Sampler, Sampling, draw
+from ._source import Source, of_run, of_weights
+from .checkpoint import fingerprint
+from .data import check_labels
+from .train import cast
 
 
 def _parse_labels(words: list[str]) -> tuple[int, ...]:
@@ -57,30 +66,89 @@ class Train(_run.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draw from a trained run, into a picture with one row a label."""
+    """Draw from a trained run or from published weights.
 
-    run: tyro.conf.Positional[Path]
+    Into a picture with one row a label; with --npz into the file that ADM's evaluator reads, where
+    an interrupted command goes on if it is given again. An image depends on its label, its index
+    and the seed, however many devices there are.
+    """
+
+    run: tyro.conf.Positional[Path | None] = None
     """Folder of the run."""
-    labels: _Labels = tuple(range(10))
-    """What to draw, separated by commas or spaces."""
-    per_label: int = 10
-    """How many of each."""
+    weights: str | None = None
+    """Published weights instead: an official .pt or .safetensors file, a folder of diffusers', or a
+    name on the Hugging Face hub."""
+    vae: str | None = None
+    """Folder of the autoencoder that decodes the latents of published weights, or a hub name."""
+    size: int | None = None
+    """Side of the images of published weights, in pixels; by default what they were trained for."""
+    num_heads: int | None = None
+    """Attention heads of published weights, where nothing tells."""
+    arithmetic: Literal["official", "diffusers"] | None = None
+    """What published weights are computed in; to be given for a folder of diffusers'."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in."""
+    labels: _Labels | None = None
+    """What to draw, separated by commas or spaces. By default the first ten classes; with --npz
+    every image's label is drawn at random."""
+    per_label: int | None = None
+    """How many of each in the picture; by default 10 of a run, 1 of published weights."""
     guidance_scale: float = 1.5
     """Scale of classifier-free guidance; 1 is none and halves the cost."""
+    guidance_channels: int | None = None
+    """How many channels are guided; by default all. 3 reproduces the paper's tables."""
     steps: int = 50
     """Number of sampling steps."""
-    sampler: _report.Sampler = "ddim"
-    """Deterministic DDIM, or ancestral DDPM with the learned variance (which wants more steps)."""
+    sampler: Sampler | None = None
+    """Deterministic ddim, or ancestral ddpm with the learned variance (which wants more steps). By
+    default ddim for a run, ddpm for published weights."""
     seed: int = 0
     """Of the noise. The same seed gives the same images."""
+    npz: bool = False
+    """Write all images into one .npz file."""
+    count: int = 50_000
+    """With --npz: how many images. Labels that are given are gone through again and again."""
+    batch_size: int = 32
+    """Images at a time on a device."""
     out: Path | None = None
-    """The picture; by default a file in the run's folder, named by these settings."""
+    """The file; by default named by these settings, in the run's folder or here."""
+    overwrite: bool = False
+    """With --npz: replace a finished file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Encode a folder of pictures into a cache of latents that training reads.
+
+    Pictures lie in one folder a class. Of each the middle square is taken, as it is and mirrored,
+    and the mean and standard deviation of its latent are kept. Where the command was interrupted,
+    it goes on if it is given again.
+    """
+
+    images: Path
+    """Folder of the class folders."""
+    vae: str
+    """Folder of the autoencoder, or its name on the Hugging Face hub."""
+    out: Path
+    """Folder of the latents."""
+    size: int = 256
+    """Side of the pictures, in pixels."""
+    small: Small = "refuse"
+    """What to do with pictures that are smaller."""
+    skip_corrupt: bool = False
+    """Count damaged pictures rather than stop at the first."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the latents on disk; float16 halves them."""
+    batch_size: int = 8
+    """Pictures at a time on a device."""
+    overwrite: bool = False
+    """Replace the latents that are there."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parses and carries out one command, and returns the exit status."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "sample": Sample},
+        {"train": Train, "sample": Sample, "encode": Encode},
         prog="equidit",
         description="Diffusion Transformers in JAX.",
         args=list(arguments),
@@ -89,13 +157,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if isinstance(command, Train):
             return _train(command, _given(arguments))
-        _sample(command)
+        _sample(command) if isinstance(command, Sample) else _encode(command)
         return 0
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"equidit: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("equidit: interrupted", file=sys.stderr)
+        print("equidit: interrupted; encode and sample --npz go on if given again", file=sys.stderr)
         return 130
 
 
@@ -139,20 +207,100 @@ Draw more            equidit sample {shlex.quote(str(command.out))} --labels 3,1
 
 
 def _sample(command: Sample) -> None:
-    check_positive(per_label=command.per_label)
-    folder = _run.Folder(command.run)
-    settings = folder.settings()
-    images = _run.sample(
-        settings,
-        _run.restore(folder, settings).ema,
-        np.repeat(np.asarray(command.labels, np.int32), command.per_label),
+    for name in ("per_label", "count", "batch_size"):
+        if (value := getattr(command, name)) is not None:
+            check_positive(**{name: value})
+    if (command.run is None) == (command.weights is None):
+        raise ValueError("give either a run's folder, or --weights")
+    source = _source_of(command)
+    sampler = command.sampler or ("ddpm" if source.published else "ddim")
+    labels = _labels_of(command, source)
+    check_labels(labels, source.num_classes)
+    steps = dfn.space_timesteps(_run.SCHEDULE_STEPS, command.steps)
+    network = source.network
+    sampling = Sampling(
+        network if command.dtype == "float32" else cast(network, command.dtype),
+        dfn.Schedule(dfn.linear_betas(_run.SCHEDULE_STEPS), steps),
+        null=source.num_classes,
         guidance_scale=command.guidance_scale,
-        sampler=command.sampler,
-        steps=command.steps,
-        seed=command.seed,
+        guidance_channels=command.guidance_channels,
+        sampler=sampler,
+        shape=source.shape,
+        key=jax.random.key(command.seed),
+        decoder=source.decoder,
     )
-    name = f"{command.sampler}{command.steps}-scale{command.guidance_scale:g}-seed{command.seed}"
-    path = command.out or command.run / f"sample-{name}.png"
-    rows = images.reshape(len(command.labels), command.per_label, *images.shape[1:])
-    _report.grid(path, rows, command.labels)
+    name = f"sample-{sampler}{command.steps}-scale{command.guidance_scale:g}-seed{command.seed}"
+    path = command.out or (command.run or Path()) / f"{name}{'.npz' if command.npz else '.png'}"
+    if command.npz:
+        named = ("labels", "count", "steps", "guidance_scale", "guidance_channels", "seed", "dtype")
+        record = {name: getattr(command, name) for name in named} | {
+            "network": fingerprint(network),
+            "decoder": fingerprint(source.decoder),
+            "shape": source.shape,
+            "sampler": sampler,
+        }
+        write_npz(
+            path,
+            sampling,
+            labels,
+            batch_size=command.batch_size,
+            record=record,
+            overwrite=command.overwrite,
+        )
+    else:
+        images = draw(sampling, labels, batch_size=command.batch_size)
+        rows = images.reshape(-1, _per_label(command, source), *images.shape[1:])
+        _report.grid(path, rows, labels[:: rows.shape[1]])
     print(path)
+
+
+def _source_of(command: Sample) -> Source:
+    if command.weights is None:
+        assert command.run is not None
+        if given := [n for n in ("vae", "size", "num_heads", "arithmetic") if getattr(command, n)]:
+            raise ValueError(f"--{given[0].replace('_', '-')} belongs to --weights, not to a run")
+        return of_run(command.run)
+    return of_weights(
+        command.weights,
+        command.vae,
+        size=command.size,
+        num_heads=command.num_heads,
+        arithmetic=command.arithmetic,
+    )
+
+
+def _per_label(command: Sample, source: Source) -> int:
+    return command.per_label or (1 if source.published else 10)
+
+
+def _labels_of(command: Sample, source: Source) -> np.ndarray:
+    """One label an image."""
+    given = command.labels
+    if not command.npz:
+        given = range(min(10, source.num_classes)) if given is None else given
+        return np.repeat(np.asarray(given, np.int32), _per_label(command, source))
+    if given is None:
+        key = jax.random.fold_in(jax.random.key(command.seed), 1)
+        return random_labels(command.count, source.num_classes, key)
+    return np.resize(np.asarray(given, np.int32), command.count)
+
+
+def _encode(command: Encode) -> None:
+    folder = image_folder(command.images)
+    skipped = encode(
+        pretrained.load_vae(command.vae),
+        folder,
+        command.out,
+        size=command.size,
+        small=command.small,
+        skip_corrupt=command.skip_corrupt,
+        dtype=command.dtype,
+        batch_size=command.batch_size,
+        overwrite=command.overwrite,
+    )
+    print(f"{len(folder.files) - len(skipped)} pictures of {len(folder.classes)} classes")
+    if skipped:
+        print(f"{len(skipped)} damaged ones were skipped: {', '.join(skipped[:5])}")
+    if folder.ignored:
+        print(f"{folder.ignored} other files were left alone")
+    print(command.out)

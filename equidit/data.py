@@ -6,6 +6,13 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from ._common import check_positive, extra
+from ._images import (
+    ImageError as ImageError,
+    ImageFolder as ImageFolder,
+    image_folder as image_folder,
+    read_image as read_image,
+)
+from ._latents import LatentCache as LatentCache, open_latents as open_latents
 
 DIGITS_SHAPE = (1, 8, 8)
 DIGITS_CLASSES = 10

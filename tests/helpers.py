@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -129,3 +131,36 @@ def official(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights of a golden network, under the original names."""
     prefix = "state_dict/"
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def published(folder: Path, *, latent_channels: int = 4) -> tuple[Path, Path]:
+    """A small official file of a DiT for 32x32 images, and its autoencoder's folder."""
+    from safetensors.numpy import save_file
+
+    from equidit._names import OFFICIAL, export
+
+    network = tiny(in_channels=4, hidden_size=16)
+    arrays = {name: np.array(leaf) for name, leaf in export(network, OFFICIAL).items()}
+    arrays["pos_embed"] = np.array(edt.sincos_2d(16, (8, 8)))[None]
+    save_file(arrays, folder / "dit.safetensors")
+    vae = edt.Autoencoder(
+        latent_channels=latent_channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        key=jax.random.key(1),
+    )
+    edt.pretrained.save_vae(vae, folder / "vae")
+    return folder / "dit.safetensors", folder / "vae"
+
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from equidit.__main__ import main; sys.exit(main())",
+]
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process that sees so many CPU devices."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}

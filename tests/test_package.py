@@ -28,8 +28,18 @@ NETWORK = [
     "pretrained",
 ]
 PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]
-TRAINING = ["train", "checkpoint", "data", "metrics"]
-TOP = ["_report", "_run", "cli", "__main__"]
+TRAINING = ["train", "checkpoint", "_images", "_latents", "data", "metrics"]
+TOP = [
+    "_resumable",
+    "_sampling",
+    "_report",
+    "_run",
+    "_source",
+    "_npz",
+    "_encode",
+    "cli",
+    "__main__",
+]
 
 
 def _imports(name: str) -> set[str]:

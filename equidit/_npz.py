@@ -1,0 +1,82 @@
+"""Many samples into the file that ADM's evaluator reads."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Integer, PRNGKeyArray, UInt8
+
+from ._common import check_positive, extra
+from ._resumable import Partial
+from ._sampling import Sampling, batches, group_of
+from .checkpoint import replacing
+
+with extra("train"):
+    from tqdm import tqdm
+
+
+def write_npz(
+    path: Path,
+    sampling: Sampling,
+    labels: Integer[np.ndarray, " batch"],
+    *,
+    batch_size: int,
+    record: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Draws one image a label into `arr_0`, bytes of shape (batch, height, width, channels).
+
+    **Arguments:**
+
+    - `path`: the file. While it is made, there is a folder `path` + ".unfinished"; interrupted in
+        whatever way, the same call goes on, and gives the same bytes.
+    - `batch_size`: images at a time on a device.
+    - `record`: what the images depend on, beside `batch_size` and the labels, as JSON; a call with
+        another one is refused.
+    """
+    check_positive(batch_size=batch_size, count=len(labels))
+    channels, height, width = jax.eval_shape(
+        sampling.many, *(jax.ShapeDtypeStruct((1,), np.int32),) * 2
+    ).shape[1:]
+    arrays = {"arr_0": ((len(labels), height, width, channels), np.uint8)}
+    groups = -(-len(labels) // batch_size)
+    work = Partial(path)
+    with work.open(record | {"batch_size": batch_size}, arrays, groups, overwrite=overwrite):
+        todo = work.remaining()
+        parts = [group_of(labels, group, batch_size) for group in todo]
+        done = len(labels) - sum(int((index < len(labels)).sum()) for _, index in parts)
+        with tqdm(total=len(labels), initial=done, unit="image") as bar:
+            images = batches(sampling, parts)
+            for group, (_, index), drawn in zip(todo, parts, images, strict=True):
+                drawn = to_bytes(drawn[index < len(labels)])
+                work.write(group, arr_0=drawn)
+                bar.update(len(drawn))
+        _wrap(work.array_path("arr_0"), path)
+        work.finish_file()
+
+
+def random_labels(count: int, num_classes: int, key: PRNGKeyArray) -> Int[np.ndarray, " batch"]:
+    """Labels drawn uniformly, each belonging to its index: more of them begin with the same."""
+
+    def one(index: jax.Array) -> jax.Array:
+        return jax.random.randint(jax.random.fold_in(key, index), (), 0, num_classes)
+
+    return np.asarray(jax.jit(jax.vmap(one))(np.arange(count, dtype=np.int32)))
+
+
+def to_bytes(
+    images: Float[np.ndarray, "batch channels height width"],
+) -> UInt8[np.ndarray, "batch height width channels"]:
+    """Images in [-1, 1] as `clip(127.5 x + 128)`, cut to whole grey levels, channels last."""
+    return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _wrap(array: Path, path: Path) -> None:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        # Of a fixed date: the same array, the same bytes.
+        info = zipfile.ZipInfo(array.name)
+        with array.open("rb") as source, archive.open(info, "w", force_zip64=True) as member:
+            while block := source.read(1 << 24):
+                member.write(block)

@@ -1,0 +1,154 @@
+"""Arrays on disk that are filled group by group, and go on after any interruption."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import replace
+
+
+class Partial:
+    """A folder of unfinished arrays, beside the place where the result will be.
+
+    A group that was marked as done is on disk, whatever happens to the process; any other is made
+    again. The settings say what the groups depend on: others are refused.
+    """
+
+    def __init__(self, result: Path):
+        self.result = result
+        self.folder = result.with_name(result.name + ".unfinished")
+
+    _settings = property(lambda self: self.folder / "settings.json")
+    _done = property(lambda self: self.folder / "done")
+    _lock = property(lambda self: self.folder / "lock")
+
+    def array_path(self, name: str) -> Path:
+        """Where an array lies."""
+        return self.folder / f"{name}.npy"
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        settings: dict[str, Any],
+        arrays: Mapping[str, tuple[tuple[int, ...], Any]],
+        groups: int,
+        *,
+        overwrite: bool = False,
+    ) -> Iterator[None]:
+        """Begins, or goes on: within it the groups may be written, by this process alone.
+
+        **Arguments:**
+
+        - `settings`: what the arrays depend on, as JSON.
+        - `arrays`: their shapes and dtypes. Along the first axis they are cut into `groups` of
+            equal size, but for the last.
+        - `overwrite`: whether a finished result may be replaced in the end.
+
+        **Raises:**
+
+        `FileExistsError` if there is a result, or another process at work; `ValueError` if what is
+        there was made with other settings; `OSError` if there is no room.
+        """
+        self._check(settings, overwrite)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock):
+            if not self._settings.exists():
+                for name, (shape, dtype) in arrays.items():
+                    _allocate(self.array_path(name), shape, np.dtype(dtype))
+                self._done.write_bytes(bytes(groups))
+                # The last file: with it the folder is whole.
+                replace(self._settings, json.dumps(settings, indent=2) + "\n")
+            self._arrays = {n: np.load(self.array_path(n), mmap_mode="r+") for n in arrays}
+            self._size = -(-len(next(iter(self._arrays.values()))) // groups)
+            yield
+            del self._arrays
+
+    def _check(self, settings: dict[str, Any], overwrite: bool) -> None:
+        if self.folder.exists():
+            known = {"lock", "done", "settings.json", "settings.json.partial"}
+            names = {path.name for path in self.folder.iterdir() if path.suffix != ".npy"}
+            if names - known:
+                raise FileExistsError(f"{self.folder} holds other things: choose another --out")
+        saved = None
+        if self._settings.exists():
+            saved = json.loads(self._settings.read_text())
+            now = json.loads(json.dumps(settings))
+            differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
+            if differ:
+                listed = ", ".join(f"{n}={now.get(n)} (was {saved.get(n)})" for n in differ)
+                raise ValueError(
+                    f"{self.folder} was begun with other settings: {listed}. Go on with those, "
+                    "delete that folder, or choose another --out"
+                )
+        if self.result.exists() and not overwrite and not (saved and self.complete()):
+            raise FileExistsError(
+                f"{self.result} exists: choose another --out, or replace it (--overwrite)"
+            )
+
+    def complete(self) -> bool:
+        """Whether every group is done."""
+        return self._done.exists() and all(self._done.read_bytes())
+
+    def remaining(self) -> list[int]:
+        """The groups that are not done yet."""
+        return [i for i, done in enumerate(self._done.read_bytes()) if not done]
+
+    def write(self, group: int, **values: np.ndarray) -> None:
+        """Fills one group, and marks it as done once it is on disk."""
+        for name, value in values.items():
+            first = group * self._size
+            self._arrays[name][first : first + len(value)] = value
+            self._arrays[name].flush()
+        with open(self._done, "r+b") as file:
+            file.seek(group)
+            file.write(b"\1")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish_folder(self) -> None:
+        """Makes the folder of arrays, and what was put beside them, the result."""
+        if self.result.exists():
+            shutil.rmtree(self.result)
+        self.folder.rename(self.result)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes from a result what only an unfinished one needs."""
+        for path in (self._done, self._settings, self._lock):
+            (self.result / path.name).unlink(missing_ok=True)
+
+    def finish_file(self) -> None:
+        """Deletes the folder, once the result is a file in its place."""
+        shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file, which a killed process gives up: `FileExistsError` if another has it."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows, where there is no such lock
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is at work in {path.parent}: wait for it, or end it"
+            ) from None
+        yield
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            # Without it a full disk would be a bus error in the middle of the work.
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
