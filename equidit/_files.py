@@ -36,6 +36,11 @@ class Tensor(NamedTuple):
 Weights = dict[str, Tensor]
 
 
+def brief(text: str, limit: int = 200) -> str:
+    """What a file says, cut for an error's text."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def from_arrays(arrays: Mapping[str, Any]) -> Weights:
     return {
         name: Tensor(tuple(a.shape), lambda a=a: np.asarray(a).astype(np.float32, copy=False))
@@ -100,7 +105,7 @@ def read_config(folder: Path, class_name: str, *older: str) -> dict[str, Any]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON of diffusers: {error}. Download it again") from error
     if found not in (class_name, *older):
-        raise ValueError(f"{path} is of a {found}, not of diffusers' {class_name}")
+        raise ValueError(f"{path} is of a {brief(str(found))}, not of diffusers' {class_name}")
     return config
 
 
@@ -120,21 +125,25 @@ def _read_shards(index: Path) -> Weights:
         places = dict(json.loads(index.read_text())["weight_map"])
         files = {str(file) for file in places.values()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards: {error!r}. Download it again") from error
+        raise ValueError(
+            f"{index} is no index of shards: {brief(repr(error))}. Download it again"
+        ) from error
     shards = {}
     for file in sorted(files):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise ValueError(f"{index} names {file!r}, which is no safetensors file beside it")
+            raise ValueError(
+                f"{index} names {brief(repr(file))}, which is no safetensors file beside it"
+            )
         path = index.parent / file
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}, which {index.name} names: download it")
         shards[file] = read_file(path)[0]
     if lost := [name for name, file in places.items() if name not in shards[file]]:
-        raise ValueError(f"{index} has {lost[0]} in {places[lost[0]]}, which lacks it")
+        raise ValueError(f"{index} has {brief(lost[0])} in {places[lost[0]]}, which lacks it")
     for file, shard in shards.items():
         if more := [name for name in shard if places.get(name) != file]:
             raise ValueError(
-                f"{index.parent / file} holds {more[0]}, which {index.name} does not say"
+                f"{index.parent / file} holds {brief(more[0])}, which {index.name} does not say"
             )
     return {name: shards[file][name] for name, file in places.items()}
 
@@ -197,7 +206,9 @@ def _read_safetensors(path: Path, ema: bool) -> tuple[Weights, Any]:
     try:
         return dict(_safetensors(path)), None
     except Exception as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}. Download it again") from error
+        raise ValueError(
+            f"{path} is truncated or damaged: {brief(str(error))}. Download it again"
+        ) from error
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:

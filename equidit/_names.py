@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._files import Tensor, Weights
+from ._files import Tensor, Weights, brief
 
 Tree = TypeVar("Tree")
 # From our module to theirs: `*` is the same number on both sides, `#` counts the stacked blocks. Of
@@ -190,7 +190,8 @@ def _compare(expected: dict[str, tuple[int, ...]], weights: Weights, source: str
     }
     if any(problems.values()):
         lines = [
-            f"  {kind} ({len(names)}): {', '.join(names[:20])}{', ...' if names[20:] else ''}"
+            f"  {kind} ({len(names)}): {brief(', '.join(names[:20]), 1500)}"
+            f"{', ...' if names[20:] else ''}"
             for kind, names in problems.items()
             if names
         ]

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from ._files import Tensor, Weights
+from ._files import Tensor, Weights, brief
 from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, Table, name_of
 from .configs import CONFIGS, Config
 
@@ -74,7 +74,7 @@ def _dit_sizes(shapes: Shapes, table: Table, kind: str, source: str) -> dict[str
     if wrong := [name for name, rank in ranks.items() if not _full(shapes.get(name, ()), rank)]:
         raise ValueError(
             f"{source} is no state dict of {kind}: missing or of another shape are "
-            f"{', '.join(wrong)}; it holds {', '.join(sorted(shapes)[:20]) or 'nothing'}"
+            f"{', '.join(wrong)}; it holds {_names(shapes)}"
         )
     patch, labels, mlp, final = (shapes[name] for name in ranks)
     hidden_size, in_channels, patch_size, _ = patch
@@ -103,6 +103,10 @@ def _dit_sizes(shapes: Shapes, table: Table, kind: str, source: str) -> dict[str
         "mlp_ratio": ratio,
         "learn_sigma": final[0] == 2 * features,
     }
+
+
+def _names(shapes: Shapes) -> str:
+    return brief(", ".join(sorted(shapes)[:20]) or "nothing", 1000)
 
 
 def _full(shape: tuple[int, ...], rank: int) -> bool:
@@ -160,7 +164,7 @@ def autoencoder_sizes(
         if not _full(shapes.get(name, ()), 4):
             raise ValueError(
                 f"{source} is no state dict of an autoencoder: {name} is missing or of another "
-                f"shape; it holds {', '.join(sorted(shapes)[:20]) or 'nothing'}"
+                f"shape; it holds {_names(shapes)}"
             )
         return shapes[name]
 
@@ -220,7 +224,8 @@ def _check_agrees(config: dict[str, Any], found: dict[str, Any], path: Any, sour
     for name, value in found.items():
         if type(config[name]) is not type(value) or config[name] != value:
             raise ValueError(
-                f"{path}: {name}={_brief(config[name])}, but the weights in {source} have {value}"
+                f"{path}: {name}={brief(repr(config[name]))}, but the weights in {source} "
+                f"have {value}"
             )
 
 
@@ -228,17 +233,12 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Any) -> Non
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"{path}: {name}={_brief(config[name])} is not supported, only {value!r}"
+                f"{path}: {name}={brief(repr(config[name]))} is not supported, only {value!r}"
             )
 
 
 def positive(config: dict[str, Any], name: str, path: Any) -> int:
     value = config[name]
     if type(value) is not int or value < 1:
-        raise ValueError(f"{path}: {name}={_brief(value)} must be a positive whole number")
+        raise ValueError(f"{path}: {name}={brief(repr(value))} must be a positive whole number")
     return value
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -568,6 +569,96 @@ def test_other_configs_are_refused(tmp_path, change, message):
     change_config(tmp_path / "config.json", **change)
     with pytest.raises(ValueError, match=message):
         pretrained.load_diffusers_dit(tmp_path, arithmetic="official")
+
+
+HOSTILE = [10**30, 10**9, 0, -1, 2.0, 1e400, True, None, "3", [3], {}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    their_dit().save_pretrained(tmp_path_factory.getbasetemp() / "hostile")
+    return tmp_path_factory.getbasetemp() / "hostile"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "patch_size",
+        "num_embeds_ada_norm",
+    ],
+)
+def test_hostile_sizes_in_a_config(folder, monkeypatch, name):
+    """They are refused before a network of such a size is thought of."""
+    text = (folder / "config.json").read_text()
+    monkeypatch.setattr(pretrained, "_skeleton", None)
+    try:
+        for value in HOSTILE:
+            (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
+            if name == "out_channels" and not value:
+                value = 4  # What diffusers takes it for.
+            message = rf"{name}={re.escape(repr(value)[:200])}"
+            with pytest.raises(ValueError, match=message):
+                pretrained.load_diffusers_dit(folder, arithmetic="official")
+    finally:
+        (folder / "config.json").write_text(text)
+
+
+def test_configs_that_nest_or_run_on(folder):
+    text = (folder / "config.json").read_text()
+    try:
+        for hostile in ("[" * 100_000, '{"a":' * 100_000, '{"a": ' + 5000 * "9" + "}", "\xff"):
+            (folder / "config.json").write_text(hostile, "latin-1")
+            with pytest.raises(ValueError, match=r"config.json is not JSON of diffusers"):
+                pretrained.describe(folder)
+        (folder / "config.json").write_text(json.dumps({"_class_name": "x" * 10**6}))
+        with pytest.raises(ValueError, match="is of a x") as error:
+            pretrained.describe(folder)
+        assert len(str(error.value)) < 1000
+    finally:
+        (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"final_layer.linear.bias": (0,), "x_embedder.proj.weight": (32, 0, 2, 2)}, "are x_embed"),
+        ({"y_embedder.embedding_table.weight": (10**9, 0)}, r"are y_embedder"),
+        ({"blocks.0.mlp.fc1.weight": (0, 32)}, "are blocks.0.mlp.fc1.weight"),
+        ({"y_embedder.embedding_table.weight": (1, 32)}, "num_classes=0"),
+        ({"y_embedder.embedding_table.weight": (9, 31)}, "is .9, 31., but the patches' weights"),
+        ({"blocks.0.mlp.fc1.weight": (9, 31)}, "is .9, 31., but the patches' weights"),
+        ({"x_embedder.proj.weight": (32, 4, 2, 9**9)}, r"x_embedder.proj.weight is \(32, 4, 2"),
+        ({"x_embedder.proj.weight": (4**20, 4, 2, 2)}, "make tokens of 1099511627776"),
+        ({f"blocks.{i}.attn.qkv.bias": (96,) for i in range(10_000)}, r"missing \(89982\)"),
+        ({"blocks.1000000000000.attn.qkv.bias": (96,)}, r"missing \(10\): blocks.2"),
+        ({"blocks.0.attn.qkv.weight": (4**20, 4**20)}, "blocks.0.attn.qkv.weight is"),
+        ({"a" * 10**6: (1,)}, r"unexpected \(1\)"),
+    ],
+)
+def test_hostile_shapes_in_a_state_dict(change, message):
+    """Nothing is read, nor built."""
+    shapes = {name: array.shape for name, array in official(golden("dit_tiny")).items()} | change
+
+    def read():
+        raise AssertionError("weights were read")
+
+    weights = {name: _files.Tensor(shape, read) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message) as error:
+        pretrained._from_official(weights, None, 2, "official", "hostile.pt")
+    assert len(str(error.value)) < 5000
+
+
+@pytest.mark.parametrize("num_heads", [0, -1, 5, 10**30])
+def test_hostile_head_counts(tmp_path, num_heads):
+    path = tmp_path / "weights.pt"
+    torch.save({"model": state_dict(), "args": {"num_heads": num_heads}}, path)
+    with pytest.raises(ValueError, match=rf"num_heads={num_heads} does not divide hidden_size=32"):
+        pretrained.load_dit(path)
 
 
 def test_incomplete_folders(tmp_path):

@@ -285,6 +285,44 @@ def test_other_configs_are_refused(torch, tmp_path, change, message):
         pretrained.load_vae(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Written here, so that no PyTorch is needed."""
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    folder = tmp_path_factory.mktemp("hostile")
+    pretrained.save_vae(autoencoder(), folder)
+    return folder, (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("in_channels", "sizes"),
+        ("out_channels", "sizes"),
+        ("latent_channels", "sizes"),
+        ("layers_per_block", "sizes"),
+        ("block_out_channels", "sizes"),
+        ("block_out_channels", [[16] * 10**6, [16, 32, 10**30], [16, 32, 32.5], "abc", []]),
+        ("norm_num_groups", "sizes"),
+        ("scaling_factor", [0, -1.0, 1e400, math.nan, True, None, "1", [1], 10**400]),
+        ("shift_factor", [1e400, math.nan, True, "1", [1], 10**400]),
+        ("use_quant_conv", [False, None, 1, "yes"]),
+        ("use_post_quant_conv", [False, None, 1, "yes"]),
+        ("mid_block_add_attention", [False, None, 1, "yes"]),
+    ],
+)
+def test_hostile_configs(folder, name, values):
+    """They are refused before a network of such a size is thought of."""
+    folder, text = folder
+    sizes = [10**30, 10**9, 0, -1, 2.0, 1e400, True, None, "3", [3], {}]
+    for value in sizes if values == "sizes" else values:
+        (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
+        with pytest.raises(ValueError, match=name) as error:
+            pretrained.load_vae(folder)
+        assert len(str(error.value)) < 1000
+    (folder / "config.json").write_text(text)
+
+
 @pytest.mark.slow
 def test_full_size(torch, tmp_path):
     """The network of Stable Diffusion 1, with random weights, on a small image."""
