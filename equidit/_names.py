@@ -110,7 +110,7 @@ def fill(skeleton: Tree, table: Table, weights: Weights, source: str) -> Tree:
 
     `ValueError` that lists what is missing, unexpected and of another shape.
     """
-    _compare(_expected(skeleton, table), weights, source)
+    _compare(expected(skeleton, table), weights, source)
     depth = _depth(skeleton)
 
     def leaf_of(name: str, shape: tuple[int, ...]) -> Array:
@@ -136,7 +136,7 @@ def fill(skeleton: Tree, table: Table, weights: Weights, source: str) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 
 
-def _expected(skeleton: Any, table: Table) -> dict[str, tuple[int, ...]]:
+def expected(skeleton: Any, table: Table) -> dict[str, tuple[int, ...]]:
     """The shapes of what `export` gives, without tracing it: a file may claim many blocks."""
     found: dict[str, tuple[int, ...]] = {}
     depth = _depth(skeleton)

@@ -217,8 +217,9 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
 
     **Arguments:**
 
-    - `path`: a folder with `config.json` and `diffusion_pytorch_model.safetensors` or `.bin` (needs
-        PyTorch), or a pipeline's folder with such a one as `transformer`.
+    - `path`: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, its shards with
+        their index, or `.bin` (needs PyTorch), or a pipeline's folder with such a one as
+        `transformer`.
     - `arithmetic`: `"official"` or `"diffusers"`, see above. For published weights the former is
         what they were trained in, for a model trained in diffusers the latter.
 
@@ -258,7 +259,7 @@ def save_diffusers_dit(
     **Arguments:**
 
     - `network`: a DiT of adaLN-Zero blocks and labels.
-    - `path`: the folder; made if need be.
+    - `path`: the folder. It is written as a whole, and replaces one of the same class.
     - `sample_size`: height and width of the latents, which diffusers' model is limited to.
     - `allow_mismatch`: whether to write a network of the official arithmetic, from whose outputs
         diffusers' then depart.
@@ -266,7 +267,7 @@ def save_diffusers_dit(
     **Raises:**
 
     `ValueError` for a network of the official arithmetic without `allow_mismatch`, and for one that
-    diffusers' model cannot express.
+    diffusers' model cannot express; `FileExistsError` if `path` holds something else.
     """
     kind = _kind_of(network)
     if kind is None:
@@ -353,7 +354,11 @@ def save_vae(vae: Autoencoder, path: StrPath) -> None:
     **Arguments:**
 
     - `vae`: the autoencoder.
-    - `path`: the folder; made if need be.
+    - `path`: the folder. It is written as a whole, and replaces one of the same class.
+
+    **Raises:**
+
+    `FileExistsError` if `path` holds something else.
     """
     encoder, decoder = vae.encoder, vae.decoder
     widths = [stage.resnets[0].conv1.weight.shape[0] for stage in encoder.stages]

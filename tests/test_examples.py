@@ -264,6 +264,130 @@ def test_chunked_attention_refuses_a_mask_that_it_would_not_cut():
         example("attention").chunked_attention(q, k, v, mask=jnp.ones((1, 4, 4), bool))
 
 
+# ------------------------------------------------------------------------------ fine-tuning
+
+
+def losses(printed):
+    found = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", printed)]
+    assert np.isfinite(found).all()
+    return found
+
+
+def named(tree):
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def latent_network(**sizes):
+    return randomize(edt.DiT(4, 2, DIM, DEPTH, HEADS, 10, **sizes, key=KEY))
+
+
+def test_other_classes():
+    network = latent_network()
+    other = example("finetune_classes").with_classes(network, 3, key=KEY)
+    assert (network.conditioner.null, other.conditioner.null) == (10, 3)
+    table = np.asarray(other.conditioner.label.table)
+    assert np.array_equal(table[3], network.conditioner.label.table[10])
+    # New rows lie near the null one, apart from one another.
+    assert 0 < np.abs(table[:3] - table[3]).max() < 0.1
+    assert (table[0] != table[1]).all()
+    before, after = named(network), named(other)
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert changed == [".conditioner.label.table"]
+    x = images(1, (4, 8, 8))[0]
+    assert tree_allclose(run(network, x, T, jnp.asarray(10)), run(other, x, T, jnp.asarray(3)))
+    with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
+        example("finetune_classes").with_classes(network, 0, key=KEY)
+
+
+def test_other_classes_main(capsys):
+    pytest.importorskip("safetensors", reason="needs equidit[pretrained]")
+    example("finetune_classes").main()
+    printed = capsys.readouterr().out
+    assert "1000 classes" in printed
+    assert len(losses(printed)) == 5
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (8, 12), (4, 2)])
+def test_positions_at_another_resolution(grid):
+    positions = example("finetune_resolution").positions
+    usual = np.asarray(edt.sincos_2d(DIM, (4, 4))).reshape(4, 4, DIM)
+    table = np.asarray(positions(DIM, grid, 4)).reshape(*grid, DIM)
+    # At the places of the old grid are the old positions.
+    rows, columns = (np.arange(count) * 4 / count for count in grid)
+    old_rows, old_columns = (np.flatnonzero(axis % 1 == 0) for axis in (rows, columns))
+    expected = usual[np.ix_(rows[old_rows].astype(int), columns[old_columns].astype(int))]
+    np.testing.assert_allclose(table[np.ix_(old_rows, old_columns)], expected, atol=1e-5)
+    if grid == (8, 8):
+        # And half-way between them, the sines half-way.
+        np.testing.assert_allclose(table[0, 1, 0], math.sin(0.5), atol=1e-6)
+
+
+def test_resized_networks():
+    network = latent_network()
+    resized = example("finetune_resolution").Resized(network, 4)
+    label = jnp.asarray(1)
+    x = images(1, (4, 8, 8))[0]
+    assert tree_allclose(run(network, x, T, label), run(resized, x, T, label), 1e-5)
+    x = images(1, (4, 16, 12))[0]
+    assert run(network, x, T, label).shape == run(resized, x, T, label).shape == (8, 16, 12)
+    assert not tree_allclose(run(network, x, T, label), run(resized, x, T, label), 1e-3)
+    low = edt.cast(resized, jnp.bfloat16)
+    assert run(low, x, T, label).dtype == jnp.float32
+    # Both can be trained.
+    for start in (network, resized):
+        both = eqx.filter_grad(example("finetune_resolution").loss)(start, (x, label), KEY)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(both))
+    with pytest.raises(ValueError, match="height=15"):
+        resized(x[:, :15], T, label)
+
+
+def test_resized_networks_main(capsys):
+    pytest.importorskip("safetensors", reason="needs equidit[pretrained]")
+    example("finetune_resolution").main()
+    assert len(losses(capsys.readouterr().out)) == 5
+
+
+def test_frozen_leaves_stay():
+    import optax
+
+    freeze = example("freeze")
+    network = latent_network()
+    before = named(jax.tree.map(jnp.copy, network))
+    # Weight decay would change frozen leaves, if it reached them.
+    optimizer = freeze.train_only(optax.adamw(1e-2, weight_decay=0.1), freeze.PARTS)
+    state = edt.init_state(network, optimizer)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    step = edt.make_train_step(freeze.loss, optimizer, ema_decay=0.5)
+    batch = (images(4, (4, 8, 8)), jnp.arange(4))
+    for _ in range(2):
+        state = step(state, batch, KEY)[0]
+    after, ema = named(state.network), named(state.ema)
+    trained = {n for n in before if "modulation" in n or "conditioner.label" in n}
+    assert len(trained) == 5
+    assert moments == 2 * sum(before[name].size for name in trained)
+    for name, leaf in before.items():
+        assert np.array_equal(leaf, after[name]) == (name not in trained), name
+        assert np.array_equal(leaf, ema[name]) == (name not in trained), name
+
+
+def test_freezing_all_by_a_wrong_name_is_refused():
+    import optax
+
+    optimizer = example("freeze").train_only(optax.adam(1e-3), ("modulate",))
+    with pytest.raises(ValueError, match=r"parts=\('modulate',\): no leaf of the network"):
+        edt.init_state(latent_network(), optimizer)
+
+
+def test_freeze_main(capsys):
+    pytest.importorskip("safetensors", reason="needs equidit[pretrained]")
+    example("freeze").main()
+    printed = capsys.readouterr().out
+    assert len(losses(printed)) == 5
+    assert len(re.findall("^trained", printed, re.M)) == 5
+    assert len(re.findall("^frozen", printed, re.M)) == 16
+
+
 # ------------------------------------------------------------------------------ prompts
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "blue", "cube", "ball", "large"]
