@@ -14,13 +14,11 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike
 
 from ._common import upcast
 
 DATA = "data"
-GATHERED = "gathered from all devices"
 Tree = TypeVar("Tree")
 
 
@@ -57,9 +55,7 @@ class Part(eqx.Module):
     dtype: DTypeLike = eqx.field(static=True)
 
     def whole(self) -> Array:
-        return checkpoint_name(
-            _whole(self.axis, self.dtype, self.array.dtype, self.array), GATHERED
-        )
+        return _whole(self.axis, self.dtype, self.array.dtype, self.array)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -6,12 +6,22 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._common import check_positive
-from ._parts import GATHERED, Part, whole
+from ._parts import Part, whole
 from ._types import Conditioning
 
+# Cheaper to do again than to remember; gathered parameters would be remembered through these.
+_FREE = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    # A gather has a derivative of its own, and so appears as the call that brings it along.
+    call = params.get("call_jaxpr")
+    gathers = call is not None and any(e.primitive.name == "all_gather" for e in call.eqns)
+    return not gathers and primitive.name not in _FREE
+
+
 _REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    # Parameters that the devices share are gathered again rather than remembered.
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -65,6 +75,7 @@ class Stack(eqx.Module):
             return _checked(block, block(tokens, cond), tokens), None
 
         remat = self.remat or "none"
+        # Parameters that are gathered for one block are let go after it, even without remat.
         if remat != "none" or _holds_parts(self.blocks):
             # The barriers against merging that prevent_cse adds are needless inside a scan.
             policy = _REMAT_POLICIES[remat]
