@@ -1,6 +1,7 @@
 """One of several processes that train together on CPU devices: see test_hosts.py."""
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,4 +49,5 @@ def main() -> None:
     edt.hosts.initialize(f"127.0.0.1:{port}", 2, int(index))
     found = train(sharding, jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)))
     if edt.hosts.is_main():
-        np.savez(file, **found)
+        arrays: Any = found
+        np.savez(file, **arrays)

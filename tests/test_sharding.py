@@ -68,7 +68,7 @@ def test_state_lies_where_it_should_is_donated_and_compiles_once(sharding, caplo
     wanted = edt.shardings(state, devices, sharding)
     step = edt.make_train_step(loss, optimizer, mesh=devices, sharding=sharding, dtype=jnp.bfloat16)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        state, _ = step(state, BATCH, KEY)
+        state, metrics = step(state, BATCH, KEY)
         for _ in range(2):
             old = jax.tree.leaves(state)
             state, metrics = step(state, BATCH, KEY)
@@ -85,7 +85,7 @@ def test_state_lies_where_it_should_is_donated_and_compiles_once(sharding, caplo
         here = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
         return here / sum(leaf.size for leaf in leaves)
 
-    # The last layer's biases and the Adam count stay whole.
+    # The last biases and the optimizer's count stay whole.
     divided = {"replicated": (), "zero1": ("ema", "opt_state")}.get(sharding, ("network", "ema"))
     for name in ("network", "ema", "opt_state"):
         expected = name in divided or sharding == "fsdp"
@@ -147,25 +147,27 @@ def test_init_sharded_holds_no_whole_array():
     make = lambda: edt.init_state(edt.build("DiT-S/8", key=KEY), SGD)  # noqa: E731
     shapes = eqx.filter_eval_shape(make)
     layout = edt.shardings(shapes, mesh(8), "fsdp")
-    memory = jax.jit(make, out_shardings=layout).lower().compile().memory_analysis()
+    memory: Any = jax.jit(make, out_shardings=layout).lower().compile().memory_analysis()
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 0.3 * whole
 
 
 def test_fsdp_gathers_one_block_at_a_time():
+    config = edt.Config(2, 256, 12, 4, in_channels=1, num_classes=10)
+
     def temporary(sharding):
-        state = eqx.filter_eval_shape(lambda: edt.init_state(edt.build(CONFIG, key=KEY), SGD))
+        state = eqx.filter_eval_shape(lambda: edt.init_state(edt.build(config, key=KEY), SGD))
         places = edt.shardings(state, mesh(8), sharding)
         state = jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, places
         )
         step = edt.make_train_step(loss, SGD, mesh=mesh(8), sharding=sharding)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, (images(8), jnp.arange(8)), KEY)
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(step, donate_argnums=0).lower(state, (images(8), jnp.arange(8)), KEY)
+        memory: Any = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
-    CONFIG = edt.Config(2, 256, 12, 4, in_channels=1, num_classes=10)
     # Replicated, the gradient alone is as large as the network.
-    weights = 4 * edt.num_params(CONFIG)
+    weights = 4 * edt.num_params(config)
     assert temporary("fsdp") < 0.75 * weights < temporary("replicated")
 
 
