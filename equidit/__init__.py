@@ -5,7 +5,7 @@ from jaxtyping import install_import_hook as _install_import_hook
 # Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
 _install_import_hook("equidit", "beartype.beartype")
 
-from . import diffusion as diffusion, pretrained as pretrained, vae as vae
+from . import diffusion as diffusion, hosts as hosts, pretrained as pretrained, vae as vae
 from ._blocks import (
     AdaLNBlock as AdaLNBlock,
     AdaLNZeroBlock as AdaLNZeroBlock,
@@ -64,8 +64,13 @@ from .train import (
     cast as cast,
     ema_update as ema_update,
     ema_warmup as ema_warmup,
+    init_sharded as init_sharded,
     init_state as init_state,
     make_train_step as make_train_step,
+    power_ema_decay as power_ema_decay,
+    reconstruct_ema as reconstruct_ema,
+    shardings as shardings,
+    std_to_gamma as std_to_gamma,
 )
 from .vae import Autoencoder as Autoencoder
 

@@ -1,16 +1,29 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._common import check_positive
+from ._parts import Part, whole
 from ._types import Conditioning
 
-_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+# Cheaper to do again than to remember; gathered parameters would be remembered through these.
+_FREE = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    # A gather has a derivative of its own, and so appears as the call that brings it along.
+    call = params.get("call_jaxpr")
+    gathers = call is not None and any(e.primitive.name == "all_gather" for e in call.eqns)
+    return not gathers and primitive.name not in _FREE
+
+
+_REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -25,6 +38,8 @@ class Stack(eqx.Module):
     blocks: Any
     depth: int = eqx.field(static=True)
     remat: str | None = eqx.field(static=True)
+    # Parameters that the devices share are gathered here, a block at a time: see `_parts.py`.
+    scans_layers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -38,14 +53,14 @@ class Stack(eqx.Module):
 
         - `make_block`: called as `make_block(key=key)`, once for every block.
         - `depth`: number of blocks, at least 1.
-        - `remat`: what the backward pass computes again rather than remember: `None` nothing;
-            `"dots"` all but the results of weight matrix products (half the memory at about the
-            speed of `None`); `"full"` everything but each block's input.
+        - `remat`: what the backward pass computes again rather than remember: `"none"` (or `None`)
+            nothing; `"dots"` all but the results of weight matrix products (half the memory at
+            about the speed of `"none"`); `"full"` everything but each block's input.
         - `key`: split over the blocks.
         """
         check_positive(depth=depth)
         if remat is not None and remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r} is unknown: choose None, {_names(_REMAT_POLICIES)}")
+            raise ValueError(f"remat={remat!r} is unknown: choose {_names(_REMAT_POLICIES)}")
         self.blocks = eqx.filter_vmap(lambda k: make_block(key=k))(jax.random.split(key, depth))
         self.depth = depth
         self.remat = remat
@@ -56,12 +71,14 @@ class Stack(eqx.Module):
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
 
         def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
-            block = eqx.combine(arrays, static)
+            block = whole(eqx.combine(arrays, static))
             return _checked(block, block(tokens, cond), tokens), None
 
-        if self.remat is not None:
+        remat = self.remat or "none"
+        # Parameters that are gathered for one block are let go after it, even without remat.
+        if remat != "none" or _holds_parts(self.blocks):
             # The barriers against merging that prevent_cse adds are needless inside a scan.
-            policy = _REMAT_POLICIES[self.remat]
+            policy = _REMAT_POLICIES[remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, tokens, stacked)[0]
 
@@ -79,7 +96,12 @@ class Stack(eqx.Module):
         """
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
         take = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
-        return [eqx.combine(arrays, static) for arrays in take]
+        return [whole(eqx.combine(arrays, static)) for arrays in take]
+
+
+def _holds_parts(tree: Any) -> bool:
+    is_part = lambda node: isinstance(node, Part)  # noqa: E731
+    return any(map(is_part, jax.tree.leaves(tree, is_leaf=is_part)))
 
 
 def _checked(block: Any, out: Any, tokens: Array) -> Array:

@@ -1,20 +1,34 @@
 """A small training step: the same function on one device and on a mesh of many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, DTypeLike, Int, PRNGKeyArray, PyTree
 
 from ._common import check_positive, upcast
-from ._types import Loss, Number, Scalar
+from ._ema import (
+    Decay as Decay,
+    ema_update as ema_update,
+    ema_warmup as ema_warmup,
+    power_ema_decay as power_ema_decay,
+    reconstruct_ema as reconstruct_ema,
+    std_to_gamma as std_to_gamma,
+)
+from ._sharding import (
+    assemble,
+    check_sharding,
+    global_norm,
+    over_devices,
+    shardings as shardings,
+)
+from ._types import Loss, Number
 
 Tree = TypeVar("Tree")
-Decay = Number | Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
 class TrainState(eqx.Module):
@@ -24,7 +38,8 @@ class TrainState(eqx.Module):
 
     - `step`: number of updates made.
     - `network`: the weights being trained.
-    - `ema`: their exponential moving average: what to sample from.
+    - `ema`: their exponential moving average: what to sample from. With several decays a
+        dictionary of averages, one a name.
     - `opt_state`: the optimizer's.
     """
 
@@ -34,95 +49,127 @@ class TrainState(eqx.Module):
     opt_state: PyTree
 
 
-def init_state(network: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    network: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_names: Iterable[str] | None = None,
+) -> TrainState:
     """The state at step 0, its EMA a copy of the network.
 
     The state takes over `network`'s arrays: the first training step donates them, after which only
     the state that it returns is alive.
+
+    **Arguments:**
+
+    - `ema_names`: of several averages, e.g. the dictionary that `make_train_step` is given as
+        `ema_decay`; each begins as a copy. `None` is one average.
     """
-    ema = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, network)
+
+    def copy() -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, network)
+
+    ema = copy() if ema_names is None else {name: copy() for name in ema_names}
     opt_state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
     return TrainState(jnp.zeros((), jnp.int32), network, ema, opt_state)
 
 
+def init_sharded(
+    make_network: Callable[[], PyTree],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    sharding: str,
+    *,
+    ema_names: Iterable[str] | None = None,
+) -> TrainState:
+    """[`equidit.init_state`][] of a network that no device ever holds the whole of.
+
+    **Arguments:**
+
+    - `make_network`: e.g. `lambda: edt.build("DiT-XL/2", key=key)`. It is compiled, and the
+        weights are those of a call outside, to float32 rounding.
+    - `mesh`, `sharding`: as in [`equidit.make_train_step`][].
+    """
+    names = None if ema_names is None else tuple(ema_names)
+
+    def make() -> TrainState:
+        return init_state(make_network(), optimizer, ema_names=names)
+
+    shapes = eqx.filter_eval_shape(make)
+    layout = shardings(shapes, mesh, sharding)
+    arrays = jax.jit(lambda: eqx.filter(make(), eqx.is_array), out_shardings=layout)()
+    return eqx.combine(arrays, eqx.filter(shapes, _is_shape, inverse=True))
+
+
 def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     """`tree` with its floating-point arrays in `dtype`; all else is left alone."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if _is_float(leaf) else leaf, tree)
-
-
-def ema_update(ema: Tree, network: Tree, decay: Scalar) -> Tree:
-    """`decay * ema + (1 - decay) * network` for floating-point arrays; all else is `network`'s."""
-
-    def update(old: Any, new: Any) -> Any:
-        if not _is_float(new):
-            return new
-        return old + jnp.asarray(1 - decay, old.dtype) * (new.astype(old.dtype) - old)
-
-    return jax.tree.map(update, ema, network)
-
-
-def ema_warmup(decay: Number = 0.9999) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    """An `ema_decay` that grows as `min(decay, (1 + n) / (10 + n))` with the step `n`.
-
-    A constant 0.9999 would be mostly initialisation for the first ten thousand steps.
-    """
-
-    def at(step: Int[Array, ""]) -> Float[Array, ""]:
-        n = step.astype(jnp.float32)
-        return jnp.minimum(decay, (1 + n) / (10 + n))
-
-    return at
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
 
 
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    ema_decay: Decay = 0.9999,
+    ema_decay: Decay | Mapping[str, Decay] = 0.9999,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    sharding: str = "replicated",
     accumulate: int = 1,
+    max_grad_norm: Number | None = None,
 ) -> Callable[[TrainState, PyTree, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]:
     """The compiled training step `step(state, batch, key) -> (state, metrics)`.
 
     **Arguments:**
 
     - `loss`: a [`equidit.Loss`][], `loss(network, example, key)`, for one example.
-    - `optimizer`: from optax; sees float32 gradients of the mean loss over the whole batch.
-    - `ema_decay`: a number, or a function of the step such as [`equidit.ema_warmup`][].
+    - `optimizer`: from optax; sees float32 gradients of the mean loss over the whole batch, as
+        whole arrays however they are laid out, so that any optimizer is right in any mode.
+    - `ema_decay`: a number, or a function of the step such as [`equidit.ema_warmup`][] or
+        [`equidit.power_ema_decay`][]; or a dictionary of these, for as many averages: pass it to
+        [`equidit.init_state`][] too, as `ema_names`.
     - `dtype`: what the loss's network computes in, e.g. `jnp.bfloat16`; parameters, gradients,
         optimizer and EMA keep their own. `None` leaves the network as it is.
-    - `mesh`: devices to share the batch, along the mesh's axis `"data"`; the state is replicated.
+    - `mesh`: devices to share the batch, along the mesh's axis `"data"`, on one host or several.
         `None` is one device.
+    - `sharding`: what each device of the mesh holds: `"replicated"` all of the state; `"zero1"` a
+        part of the optimizer's state and the EMA; `"fsdp"` a part of the network too, which is
+        gathered one block at a time while it is needed. See [`equidit.shardings`][].
     - `accumulate`: number of micro-batches that each device takes its share of the batch in, one
         after the other, to save memory. Their gradients are averaged.
+    - `max_grad_norm`: the gradient is scaled down to this norm, over all parameters, if it is
+        above. `None` leaves it as it is.
 
     **Returns:**
 
     A function of the state (donated: use the one it returns), the batch (a pytree whose leaves
     share a first axis, a multiple of devices times `accumulate`, else `ValueError`) and the run's
-    key, the same at every step. The metrics are `loss`, `grad_norm`, and `losses`, each example's.
+    key, the same at every step. The metrics, on all devices, are `loss`, `losses` (each example's),
+    `grad_norm` (before scaling), `param_norm` (of the weights before the update) and `skipped`.
+
+    A step whose loss or gradient is not finite is `skipped`: network, EMA and optimizer stay as
+    they were, bit for bit, and only the step is counted, so that the next has other data and keys.
+    The state does not count such steps: whoever reads the metrics knows when many are too many.
 
     Every example has a key of its own, made from the run's key, the step, and its place in the
-    batch. So neither `mesh` nor `accumulate` changes what is computed.
+    batch. So `mesh`, `sharding` and `accumulate` change nothing but the rounding of what is
+    computed. Sums over devices are in the mesh's order: equal meshes give equal bits, whether on
+    one host or on several.
     """
     check_positive(accumulate=accumulate)
-    if mesh is not None and "data" not in mesh.axis_names:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}: one must be called 'data'")
-    if mesh is not None and mesh.axis_types[mesh.axis_names.index("data")] is not AxisType.Auto:
-        raise ValueError(
-            "the mesh's axis 'data' must be of type Auto: "
-            "jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))"
-        )
-    axis = None if mesh is None else "data"
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0, or None")
+    if mesh is not None:
+        check_sharding(mesh, sharding)
+    elif sharding != "replicated":
+        raise ValueError(f"sharding={sharding!r} needs a mesh: one device holds all of the state")
     devices = 1 if mesh is None else mesh.shape["data"]
 
     def mean_loss(
-        params: PyTree, static: PyTree, batch: PyTree, keys: Array
+        params: PyTree, static: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
     ) -> tuple[Array, Array]:
-        network = eqx.combine(params, static)
-        if dtype is not None:
-            network = cast(network, dtype)
+        network = assemble(params, static, layout, dtype)
         losses = jax.vmap(lambda example, key: loss(network, example, key))(batch, keys)
         if not eqx.is_array(losses) or losses.shape != keys.shape:
             shapes = jax.tree.map(lambda leaf: leaf.shape[1:], losses)
@@ -130,80 +177,77 @@ def make_train_step(
         losses = upcast(losses)
         return losses.mean(), losses
 
+    def gradient(
+        params: PyTree, static: PyTree, batch_and_keys: PyTree, layout: PyTree | None = None
+    ) -> tuple[Array, PyTree]:
+        """One device's losses and the gradient of their mean."""
+
+        def micro(part: PyTree) -> tuple[Array, PyTree]:
+            grad = jax.value_and_grad(mean_loss, has_aux=True)
+            (_, losses), grads = grad(params, static, layout, *part)
+            return losses, grads
+
+        if accumulate == 1:
+            return micro(batch_and_keys)
+        split = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch_and_keys)
+        first, rest = (jax.tree.map(lambda a, s=s: a[s], split) for s in (0, slice(1, None)))
+
+        def add(total: PyTree, part: PyTree) -> tuple[PyTree, Array]:
+            losses, grads = micro(part)
+            return jax.tree.map(jnp.add, total, grads), losses
+
+        losses, grads = micro(first)
+        grads, more = jax.lax.scan(add, grads, rest)
+        grads = jax.tree.map(lambda grad: grad / accumulate, grads)
+        return jnp.concatenate([losses, more.ravel()]), grads
+
+    whole_gradient = gradient if mesh is None else over_devices(gradient, mesh, sharding)
+
+    # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
     def update(
         state: TrainState, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         params, static = eqx.partition(state.network, eqx.is_inexact_array)
-        size = jax.tree.leaves(batch)[0].shape[0]
-        index = jnp.arange(size)
-        local = params
-        if axis is not None:
-            index = index + size * jax.lax.axis_index(axis)
-            # Device-varying parameters have device-local gradients, averaged once below, however
-            # many micro-batches there are. Left replicated, theirs would already be summed.
-            local = jax.lax.pcast(params, axis, to="varying")
+        index = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(index)
-
-        def gradient(part: PyTree) -> tuple[Array, PyTree]:
-            (_, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(local, static, *part)
-            return losses, grads
-
-        if accumulate == 1:
-            losses, grads = gradient((batch, keys))
-        else:
-            split = jax.tree.map(
-                lambda a: a.reshape(accumulate, size // accumulate, *a.shape[1:]), (batch, keys)
-            )
-            first, rest = (jax.tree.map(lambda a, s=s: a[s], split) for s in (0, slice(1, None)))
-
-            def add(total: PyTree, part: PyTree) -> tuple[PyTree, Array]:
-                losses, grads = gradient(part)
-                return jax.tree.map(jnp.add, total, grads), losses
-
-            losses, grads = gradient(first)
-            grads, more = jax.lax.scan(add, grads, rest)
-            grads = jax.tree.map(lambda grad: grad / accumulate, grads)
-            losses = jnp.concatenate([losses, more.ravel()])
-        mean = losses.mean()
-        if axis is not None:
-            mean, grads = jax.lax.pmean((mean, grads), axis)
+        losses, grads = whole_gradient(params, static, (batch, keys))
+        metrics = {
+            "loss": losses.mean(),
+            "losses": losses,
+            "grad_norm": global_norm(grads, mesh, divided=sharding != "replicated"),
+            "param_norm": global_norm(params, mesh, divided=sharding == "fsdp"),
+        }
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = ~finite
+        if max_grad_norm is not None:
+            scale = jnp.minimum(1.0, max_grad_norm / metrics["grad_norm"])
+            grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
 
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
         network = eqx.combine(optax.apply_updates(params, updates), static)
-        decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
-        ema = ema_update(state.ema, network, decay)
-        metrics = {"loss": mean, "grad_norm": optax.tree.norm(grads), "losses": losses}
-        return TrainState(state.step + 1, network, ema, opt_state), metrics
+        ema = _ema(state, network, ema_decay)
+        new = TrainState(state.step, network, ema, opt_state)
+        new = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b) if eqx.is_array(a) else a, new, state
+        )
+        return eqx.tree_at(lambda s: s.step, new, state.step + 1), metrics
 
     @eqx.filter_jit(donate="all-except-first")
     def run(batch_and_key: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+        new, metrics = update(state, *batch_and_key)
         if mesh is None:
-            return update(state, *batch_and_key)
-        arrays, static = eqx.partition(state, eqx.is_array)
-
-        def update_arrays(arrays: PyTree, batch: PyTree, key: PRNGKeyArray) -> Any:
-            state, metrics = update(eqx.combine(arrays, static), batch, key)
-            return eqx.filter(state, eqx.is_array), metrics
-
-        everywhere, shared = PartitionSpec(), PartitionSpec(axis)
-        arrays, metrics = jax.shard_map(
-            update_arrays,
-            mesh=mesh,
-            in_specs=(everywhere, shared, everywhere),
-            out_specs=(everywhere, {"loss": everywhere, "grad_norm": everywhere, "losses": shared}),
-        )(arrays, *batch_and_key)
-        return eqx.combine(arrays, static), metrics
+            return new, metrics
+        return _placed(jax.lax.with_sharding_constraint, new, mesh, sharding), metrics
 
     def step(
         state: TrainState, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         _check_batch(batch, devices, accumulate)
+        _check_ema(state.ema, ema_decay)
         if mesh is not None:
             # Already there, but for the first step: without it that would compile by itself.
-            arrays, static = eqx.partition(state, eqx.is_array)
-            arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
-            state = eqx.combine(arrays, static)
+            state = _placed(jax.device_put, state, mesh, sharding)
         if dtype is None:
             return run((batch, key), state)
         # The gradient of JAX's own attention in low precision relies on implicit promotion.
@@ -213,8 +257,34 @@ def make_train_step(
     return step
 
 
-def _is_float(leaf: Any) -> bool:
-    return eqx.is_inexact_array(leaf)
+def _placed(place: Callable[..., Any], state: TrainState, mesh: Mesh, sharding: str) -> TrainState:
+    arrays, static = eqx.partition(state, eqx.is_array)
+    return eqx.combine(place(arrays, shardings(arrays, mesh, sharding)), static)
+
+
+def _ema(state: TrainState, network: PyTree, decay: Decay | Mapping[str, Decay]) -> PyTree:
+    def update(ema: PyTree, decay: Decay) -> PyTree:
+        return ema_update(ema, network, decay(state.step) if callable(decay) else decay)
+
+    if isinstance(decay, Mapping):
+        return {name: update(state.ema[name], one) for name, one in decay.items()}
+    return update(state.ema, decay)
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _check_ema(ema: PyTree, decay: Decay | Mapping[str, Decay]) -> None:
+    if not isinstance(decay, Mapping):
+        return
+    found = set(ema) if isinstance(ema, dict) else None
+    if found != set(decay):
+        raise ValueError(
+            f"ema_decay names the averages {sorted(decay)}, but the state holds "
+            f"{'one without a name' if found is None else sorted(found)}: "
+            "pass ema_names=ema_decay to init_state"
+        )
 
 
 def _check_batch(batch: PyTree, devices: int, accumulate: int) -> None:

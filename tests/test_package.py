@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 import equidit as edt
 
 PACKAGE = Path(edt.__file__).parent
-BASE = {"_common", "_types"}
+BASE = {"_common", "_types", "_parts"}
 # Lower floors first; the three towers stand side by side on `BASE`.
 NETWORK = [
     "_ops",
@@ -28,7 +28,17 @@ NETWORK = [
     "pretrained",
 ]
 PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]
-TRAINING = ["train", "checkpoint", "_images", "_latents", "data", "metrics"]
+TRAINING = [
+    "_ema",
+    "_sharding",
+    "train",
+    "hosts",
+    "checkpoint",
+    "_images",
+    "_latents",
+    "data",
+    "metrics",
+]
 TOP = [
     "_resumable",
     "_sampling",
@@ -139,7 +149,7 @@ except Exception as error:
     assert printed() == ""
 
 
-@pytest.mark.parametrize("module", [edt, edt.diffusion])
+@pytest.mark.parametrize("module", [edt, edt.diffusion, edt.hosts])
 def test_public_names_have_docstrings(module):
     for name in dir(module):
         thing = getattr(module, name)

@@ -58,8 +58,10 @@ def test_one_step_is_sgd_on_the_mean_loss(reference):
     value, grads = jax.jit(jax.value_and_grad(mean))(network)
     state, (metrics,) = run(steps=1)
     assert tree_allclose(metrics["loss"], value, ORDER)
-    norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(grads)))
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, tree in (("grad_norm", grads), ("param_norm", network)):
+        squares = [np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree)]
+        assert metrics[name] == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
+    assert not metrics["skipped"]
     stepped = jax.tree.map(lambda p, g: p - 0.1 * g, network, grads)
     assert tree_allclose(stepped, state.network, ORDER)
     averaged = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, network, stepped)
@@ -93,7 +95,7 @@ def test_accumulation_does_not_matter(reference, accumulate, devices):
     assert difference(reference, run(accumulate=accumulate, mesh=shared)) < ORDER
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_remat_does_not_matter(reference, remat):
     state, history = run(network=tiny(remat=remat))
     assert difference(jax.tree.leaves(reference[0]), jax.tree.leaves(state)) < ORDER
@@ -201,6 +203,84 @@ def test_ema_decays():
     assert tree_allclose(averaged, first.ema, ORDER)
 
 
+def test_several_averages():
+    decays = {"short": 0.5, "long": edt.ema_warmup(0.99), "power": edt.power_ema_decay(0.1)}
+    state = edt.init_state(tiny(), SGD, ema_names=decays)
+    step = edt.make_train_step(loss, SGD, ema_decay=decays)
+    for _ in range(2):
+        state, _ = step(state, BATCH, KEY)
+    assert set(state.ema) == set(decays)
+    for name, decay in decays.items():
+        assert difference(state.ema[name], run(ema_decay=decay)[0].ema) < ORDER, name
+
+
+def test_averages_that_the_state_lacks():
+    step = edt.make_train_step(loss, SGD, ema_decay={"b": 0.9, "a": 0.99})
+    for names, words in ((None, "one without a name"), (["a"], r"\['a'\]")):
+        state = edt.init_state(tiny(), SGD, ema_names=names)
+        with pytest.raises(ValueError, match=rf"\['a', 'b'\].*{words}.*ema_names=ema_decay"):
+            step(state, BATCH, KEY)
+
+
+SHARDED = [{}, *({"sharding": mode} for mode in ("replicated", "zero1", "fsdp"))]
+
+
+@pytest.mark.parametrize("options", SHARDED)
+def test_clipping_is_of_the_whole_norm(reference, options):
+    if options:
+        options = options | {"mesh": mesh(8)}
+    _, (metrics,) = run(steps=1)
+    limit = 0.25 * float(metrics["grad_norm"])
+    clipped, history = run(steps=1, max_grad_norm=limit, **options)
+    # SGD: a quarter of the gradient is a quarter of the step.
+    quarter, _ = run(optax.sgd(0.1 * 0.25), steps=1)
+    assert difference(quarter.network, clipped.network) < ORDER
+    assert history[0]["grad_norm"] == pytest.approx(4 * limit, rel=1e-6)
+
+
+def test_a_gradient_below_the_limit_is_left_alone():
+    assert tree_allclose(run(steps=1)[0], run(steps=1, max_grad_norm=1e6)[0])
+
+
+@pytest.mark.parametrize("options", SHARDED)
+def test_what_is_not_finite_reaches_nothing(options):
+    """A loss, or only a gradient, that is not finite for one example on one of eight devices."""
+
+    def fragile(network, example, key):
+        (image, label), poison = example
+        # With 2 the loss is finite, but the square root's derivative at 0 is not.
+        extra = jax.lax.cond(
+            poison == 2,
+            lambda b: jnp.sqrt(0.0 * jnp.square(b).sum()),
+            lambda b: jnp.where(poison == 1, jnp.nan, 0.0) + 0.0 * b.sum(),
+            network.final.linear.bias,
+        )
+        return loss(network, (image, label), key) + extra
+
+    optimizer = optax.adam(1e-3)
+    step = edt.make_train_step(
+        fragile, optimizer, ema_decay=0.9, **(options | ({"mesh": mesh(8)} if options else {}))
+    )
+    state = edt.init_state(tiny(), optimizer)
+    good = jnp.zeros(16, int)
+    state, metrics = step(state, (BATCH, good), KEY)
+    assert not metrics["skipped"]
+    for poison in (1, 2):
+        before = jax.tree.map(np.asarray, state)
+        state, metrics = step(state, (BATCH, good.at[13].set(poison)), KEY)
+        assert metrics["skipped"]
+        assert np.isfinite(metrics["loss"]) == (poison == 2)
+        assert np.isfinite(metrics["grad_norm"]) == (poison == 1)
+        assert np.isnan(metrics["losses"]).sum() == (poison == 1)
+        assert state.step == before.step + 1
+        for name in ("network", "ema", "opt_state"):
+            assert tree_allclose(getattr(before, name), getattr(state, name)), name
+    state, metrics = step(state, (BATCH, good), KEY)
+    assert not metrics["skipped"]
+    assert not tree_allclose(before.network, state.network)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_cast():
     tree = {"a": jnp.ones(2), "b": jnp.arange(2), "c": "c", "d": None}
     low = edt.cast(tree, jnp.bfloat16)
@@ -241,6 +321,8 @@ def test_bad_input():
             edt.make_train_step(bad, SGD)(edt.init_state(tiny(), SGD), BATCH, KEY)
     with pytest.raises(ValueError, match="'data' must be of type Auto"):
         edt.make_train_step(loss, SGD, mesh=jax.make_mesh((2,), ("data",), (AxisType.Explicit,)))
+    with pytest.raises(ValueError, match="max_grad_norm=0"):
+        edt.make_train_step(loss, SGD, max_grad_norm=0)
     with pytest.raises(ValueError, match="accumulate=0"):
         edt.make_train_step(loss, SGD, accumulate=0)
     with pytest.raises(ValueError, match=r"\('model',\).*'data'"):

@@ -1,0 +1,71 @@
+"""Training on many hosts: each runs the same program and holds its share of every batch."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Connects this process with the others, before anything else is done with JAX.
+
+    Without arguments JAX finds out by itself, from the environment, on TPU pods and under SLURM,
+    Open MPI and Kubernetes. A program for one process does not call this.
+
+    **Arguments:**
+
+    - `coordinator`: `"host:port"` of process 0.
+    - `num_processes`: number of processes.
+    - `process_id`: this one's, from 0.
+
+    **Raises:**
+
+    `ValueError` if only some are given; `RuntimeError` if JAX is in use already.
+    """
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None, None, None):
+        raise ValueError(
+            f"coordinator={coordinator!r}, num_processes={num_processes} and "
+            f"process_id={process_id} belong together: give all three, or none on a pod or cluster"
+        )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def is_main() -> bool:
+    """Whether this is process 0: the one to print and to write what is not written by all."""
+    return jax.process_index() == 0
+
+
+def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """The batch of all processes, for the training step, from this process's share.
+
+    **Arguments:**
+
+    - `batch`: a pytree of arrays, this process's examples along their first axis; as many in every
+        process.
+    - `mesh`: of the training step. Its axis `"data"` must have the processes one after the other,
+        as `jax.make_mesh` and `jax.devices()` do: the examples of process 0 come first.
+
+    **Returns:**
+
+    The same pytree of global arrays, divided along `"data"`. An example's place in it decides its
+    key, so that one process with all examples computes the same.
+
+    **Raises:**
+
+    `ValueError` for a batch that this process's devices do not divide.
+    """
+    mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    unit = mine * mesh.shape["data"] // mesh.devices.size
+    for size in {leaf.shape[0] for leaf in jax.tree.leaves(batch)}:
+        if size < 1 or size % unit:
+            fit = max(unit, size // unit * unit)
+            raise ValueError(
+                f"a share of {size} examples does not divide over this process's {mine} devices: "
+                f"take a multiple of {unit} such as {fit} or {fit + unit}"
+            )
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
