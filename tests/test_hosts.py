@@ -31,7 +31,7 @@ def two_processes(folder, sharding):
         for index in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=480)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
