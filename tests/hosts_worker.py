@@ -25,7 +25,7 @@ def train(sharding: str, mesh: Mesh) -> dict[str, np.ndarray]:
 
     state = edt.init_state(tiny(hidden_size=16), optimizer)
     step = edt.make_train_step(
-        loss, optimizer, ema_decay=0.9, mesh=mesh, sharding=sharding, max_grad_norm=1.0
+        loss, optimizer, ema_decay=0.9, mesh=mesh, sharding=sharding, max_grad_norm=0.5
     )
     batch = (np.asarray(images(16)), np.arange(16) % 10)
     size = 16 // jax.process_count()

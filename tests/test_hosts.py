@@ -31,7 +31,7 @@ def two_processes(folder, sharding):
         for index in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=480)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -48,7 +48,7 @@ def test_two_processes_compute_the_same_bits_as_one(tmp_path, sharding):
     assert one.keys() == two.keys()
     assert [name for name in one if not np.array_equal(one[name], two[name])] == []
     assert one["losses"].shape == (16,)
-    assert one["grad_norm"] > 1  # clipped
+    assert one["grad_norm"] > 0.5  # clipped
 
 
 def test_one_process_is_the_main_one():
