@@ -17,8 +17,10 @@ import jax
 import numpy as np
 
 import equidit as edt
-from equidit import _report, _run, diffusion as dfn
+from equidit import _report, diffusion as dfn
+from equidit._run import restore_ema
 from equidit._sampling import Sampler, Sampling, draw
+from equidit._settings import SCHEDULE_STEPS
 from equidit.data import DIGITS_CLASSES, DIGITS_SHAPE, Images, digits
 
 from .common import RESULTS, write
@@ -36,10 +38,10 @@ SCALE = 1.5
 def figures(network: Any, sampler: Sampler, steps: int, count: int) -> dict[str, float]:
     """Accuracy, and Frechet distance over its floor, of `count` samples."""
     label = np.arange(count, dtype=np.int32) % DIGITS_CLASSES
-    keep = dfn.space_timesteps(_run.SCHEDULE_STEPS, steps)
+    keep = dfn.space_timesteps(SCHEDULE_STEPS, steps)
     sampling = Sampling(
         network,
-        dfn.Schedule(dfn.linear_betas(_run.SCHEDULE_STEPS), keep),
+        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
         null=DIGITS_CLASSES,
         guidance_scale=1.0,
         sampler=sampler,
@@ -132,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=500, help="for every figure")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = _run.Folder(options.run or Path(temporary) / "digits")
+        folder = options.run or Path(temporary) / "digits"
         if options.run is None:
-            command = [sys.executable, "-m", "equidit", "train", "digits", "--out", folder.path]
+            command = [sys.executable, "-m", "equidit", "train", "digits", "--out", str(folder)]
             subprocess.run(command, check=True)
-        network = _run.restore(folder, folder.settings()).ema
+        network = restore_ema(folder)
         rows = study(network, options.samples)
     path = write("guidance", {"samples": options.samples, "results": rows})
     plot(rows, RESULTS / "guidance.png")

@@ -18,7 +18,8 @@ from ._common import check_positive, extra
 from ._images import ImageError, ImageFolder, Small, read_image
 from ._latents import FORMAT, open_latents
 from ._resumable import Partial
-from .checkpoint import fingerprint, replace
+from ._storage import replace
+from .checkpoint import fingerprint
 from .vae import Autoencoder
 
 with extra("train"):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Integer, PRNGKeyArray, UInt8
 from ._common import check_positive, extra
 from ._resumable import Partial
 from ._sampling import Sampling, batches, group_of
-from .checkpoint import replacing
+from ._storage import replacing
 
 with extra("train"):
     from tqdm import tqdm

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import replace
+from ._storage import locked, replace
 
 
 class Partial:
@@ -126,24 +126,6 @@ class Partial:
     def finish_file(self) -> None:
         """Deletes the folder, once the result is a file in its place."""
         shutil.rmtree(self.folder)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, which a killed process gives up: `FileExistsError` if another has it."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows, where there is no such lock
-        yield
-        return
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another process is at work in {path.parent}: wait for it, or end it"
-            ) from None
-        yield
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

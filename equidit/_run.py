@@ -1,178 +1,62 @@
-"""A training run in a folder: what it computes, what it writes, and how it goes on."""
+"""A training run in a folder: what it computes, and how it begins, goes on and ends."""
 
+import collections
 import contextlib
 import dataclasses
 import json
-import math
 import signal
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import __version__, _report, checkpoint, diffusion as dfn
-from ._common import check_positive, extra
+from . import _report, _task, diffusion as dfn, hosts
+from ._common import extra
+from ._folder import Folder
+from ._log import Log
 from ._sampling import Sampling, draw
+from ._settings import SCHEDULE_STEPS, Settings
+from ._storage import locked, replace
+from ._task import About, Task
 from ._types import Loss, Network
-from .configs import Config, build
-from .data import DIGITS_CLASSES, DIGITS_SHAPE, Images, batch_indices, check_labels, digits
+from .checkpoint import Checkpoints
+from .configs import build, num_macs
+from .data import Images, batches, digits
+from .devices import peak_flops
 from .guidance import drop_label
-from .train import TrainState, ema_warmup, init_state, make_train_step
+from .train import TrainState, ema_warmup, init_sharded, init_state, make_train_step, shardings
 
 with extra("train"):
     from tqdm import tqdm
 
-SCHEDULE_STEPS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run computes: all of its config.json."""
-
-    steps: int = 4000
-    """Number of training steps."""
-    batch_size: int = 64
-    """Images a step, over all devices."""
-    learning_rate: float = 2e-3
-    """Adam's, constant."""
-    label_dropout: float = 0.1
-    """Share of labels replaced by the null label, for guidance."""
-    ema_decay: float = 0.995
-    """Of the moving average that is sampled from; warmed up as min(decay, (1 + n) / (10 + n))."""
-    hidden_size: int = 64
-    """Size of a token."""
-    depth: int = 4
-    """Number of blocks."""
-    num_heads: int = 4
-    """Attention heads of a block."""
-    patch_size: int = 2
-    """Side of a patch, in pixels."""
-    block: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """How blocks are conditioned: the paper's four designs."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in during training; the state is always float32."""
-    accumulate: int = 1
-    """Micro-batches a step."""
-    seed: int = 0
-    """Of initialisation, data order, noise and samples."""
-    guidance_scale: float = 1.5
-    """Scale of classifier-free guidance in the pictures and the report."""
-    sampling_steps: int = 50
-    """DDIM steps of the pictures and the report."""
-    log_every: int = 50
-    """Training steps between rows of metrics.jsonl."""
-    sample_every: int = 500
-    """Training steps between validations, pictures and checkpoints."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(Settings):
-            value = getattr(self, field.name)
-            if field.type is int and field.name != "seed":
-                check_positive(**{field.name: value})
-            if field.type is float and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} must be finite")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
-        for name, end in (("label_dropout", 1.0), ("ema_decay", 1.0)):
-            if not 0 <= getattr(self, name) <= end:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.sampling_steps > SCHEDULE_STEPS:
-            raise ValueError(
-                f"sampling_steps={self.sampling_steps} must be at most {SCHEDULE_STEPS}, the "
-                "steps of the schedule"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
-
-    def record(self) -> dict[str, Any]:
-        """As plain data, without what a subclass adds."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
-
-    @property
-    def network(self) -> Config:
-        """The network's configuration."""
-        return Config(
-            self.patch_size,
-            self.hidden_size,
-            self.depth,
-            self.num_heads,
-            in_channels=DIGITS_SHAPE[0],
-            num_classes=DIGITS_CLASSES,
-            block=self.block,
-        )
-
-    def key(self, purpose: int) -> PRNGKeyArray:
-        """One of the run's keys: 0 initialises, 1 trains, 2 validates, 3 samples."""
-        return jax.random.fold_in(jax.random.key(self.seed), purpose)
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """The files of a run."""
-
-    path: Path
-
-    config = property(lambda self: self.path / "config.json")
-    metrics = property(lambda self: self.path / "metrics.jsonl")
-    checkpoint = property(lambda self: self.path / "checkpoint.npz")
-    samples = property(lambda self: self.path / "samples.png")
-    loss = property(lambda self: self.path / "loss.png")
-    report = property(lambda self: self.path / "report.json")
-
-    def check(self, *, overwrite: bool) -> None:
-        """`FileExistsError` if a new run may not be put here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} exists and is no folder: choose another --out")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not self.config.exists():
-                raise FileExistsError(f"{self.path} holds other things: choose another --out")
-            if not overwrite:
-                raise FileExistsError(
-                    f"{self.path} holds a run: go on with it (--resume), start over (--overwrite), "
-                    "or choose another --out"
-                )
-
-    def begin(self, settings: Settings, step: int) -> None:
-        """Makes the folder ready for training from `step` on; from 0, what was there goes."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if step == 0:
-            for file in (self.metrics, self.checkpoint, self.samples, self.loss, self.report):
-                file.unlink(missing_ok=True)
-        record = {"equidit": __version__, "data": "digits", "settings": settings.record()}
-        checkpoint.replace(self.config, json.dumps(record, indent=2) + "\n")
-        # Rows beyond a checkpoint belong to steps that will be made again.
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        checkpoint.replace(self.metrics, "".join(kept))
-
-    def settings(self) -> Settings:
-        """The settings of the run that is there."""
-        if not self.config.is_file():
-            raise FileNotFoundError(f"{self.path} is no run: it has no config.json")
-        try:
-            return Settings(**json.loads(self.config.read_text())["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.config} is damaged or of another version: {error}") from error
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, less a last one that was cut short."""
-        rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-        return rows
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds a row to metrics.jsonl."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
+# What may change when a run goes on; the rest would make it another run.
+_FREE = {
+    "data",
+    "steps",
+    "log_every",
+    "sample_every",
+    "keep_last",
+    "keep_every",
+    "workers",
+    "vae",
+    "sharding",
+    "remat",
+    "guidance_scale",
+    "sampling_steps",
+    "max_skipped",
+    "save_errors",
+}
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -180,214 +64,443 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.adam(settings.learning_rate)
 
 
-def restore(folder: Folder, settings: Settings) -> TrainState:
-    """The state of the run's checkpoint. No weight is initialised on the way."""
-
-    def new() -> TrainState:
-        network = build(settings.network, key=jax.random.key(0))
-        return init_state(network, optimizer(settings))
-
-    return checkpoint.restore(folder.checkpoint, eqx.filter_eval_shape(new))
-
-
-def hybrid_loss(schedule: dfn.Schedule, label_dropout: float) -> Loss:
+def hybrid_loss(schedule: dfn.Schedule, num_classes: int, label_dropout: float) -> Loss:
     """The paper's objective: the hybrid loss, with labels dropped now and then."""
 
-    def loss(network: Network, example: Images, key: PRNGKeyArray) -> Float[Array, ""]:
-        drop_key, diffusion_key = jax.random.split(key)
-        label = drop_label(example.label, DIGITS_CLASSES, label_dropout, key=drop_key)
-        image = jnp.asarray(example.image)
-        return dfn.hybrid_loss(network, schedule, image, label, key=diffusion_key)
+    def loss(network: Network, example: Any, key: PRNGKeyArray) -> Float[Array, ""]:
+        clean_key, drop_key, diffusion_key = jax.random.split(key, 3)
+        label = drop_label(example.label, num_classes, label_dropout, key=drop_key)
+        clean = example.clean(clean_key)
+        return dfn.hybrid_loss(network, schedule, clean, label, key=diffusion_key)
 
     return loss
 
 
 @eqx.filter_jit
 def validate(
-    network: Network, schedule: dfn.Schedule, images: PyTree, key: PRNGKeyArray
-) -> Float[Array, " quartiles"]:
-    """Mean hybrid loss over `images` at one fixed step from each quartile of the schedule."""
+    network: Network, schedule: dfn.Schedule, examples: PyTree, key: PRNGKeyArray, mesh: Mesh | None
+) -> Float[Array, "batch quartiles"]:
+    """The hybrid loss of examples, at one fixed step from each quartile of the schedule."""
 
-    def terms(image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, " quartiles"]:
-        step_key, noise_key = jax.random.split(key)
+    def terms(network: Network, example: Any, index: Array) -> Float[Array, " quartiles"]:
+        clean_key, step_key, noise_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        clean = example.clean(clean_key)
         quarter = schedule.steps // 4
         t = jax.random.randint(step_key, (4,), 0, quarter) + quarter * jnp.arange(4)
-        noise = jax.random.normal(noise_key, (4, *image.shape))
+        noise = jax.random.normal(noise_key, (4, *clean.shape))
 
         def term(t: Array, noise: Array) -> Float[Array, ""]:
-            return dfn.hybrid_loss(network, schedule, image, label, key=key, t=t, noise=noise)
+            return dfn.hybrid_loss(
+                network, schedule, clean, example.label, key=step_key, t=t, noise=noise
+            )
 
         return jax.vmap(term)(t, noise)
 
-    keys = jax.random.split(key, images.label.shape[0])
-    return jax.vmap(terms)(images.image, images.label, keys).mean(axis=0)
+    many = jax.vmap(terms, (None, 0, 0))
+    index = jnp.arange(examples.label.shape[0])
+    if mesh is None:
+        return many(network, examples, index)
+    arrays, static = eqx.partition(network, eqx.is_array)
+    everywhere, shared = PartitionSpec(), PartitionSpec("data")
+    losses = jax.shard_map(
+        lambda arrays, *rest: many(eqx.combine(arrays, static), *rest),
+        mesh=mesh,
+        in_specs=(everywhere, shared, shared),
+        out_specs=shared,
+    )(arrays, examples, index)
+    return jax.lax.with_sharding_constraint(losses, NamedSharding(mesh, everywhere))
 
 
-def validation(settings: Settings, state: TrainState, held_out: Images) -> dict[str, Any]:
-    """The row of metrics.jsonl for a state: its EMA's loss on the held-out images."""
+def validation(
+    settings: Settings, state: TrainState, held_out: Any, mesh: Mesh | None
+) -> dict[str, Any]:
+    """A row of metrics.jsonl: the EMA's loss on the held-out examples."""
+    if held_out is None:
+        return {}
+    count, devices = len(held_out.label), jax.device_count()
+    # Filled up, so that the devices divide them.
+    rows = np.arange(-(-count // devices) * devices) % count
+    examples = jax.tree.map(lambda leaf: leaf[rows], held_out)
+    if mesh is not None:
+        shared = NamedSharding(mesh, PartitionSpec("data"))
+        examples = jax.tree.map(
+            lambda a: jax.make_array_from_callback(a.shape, shared, lambda index: a[index]),
+            examples,
+        )
     schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
-    quartiles = np.asarray(validate(state.ema, schedule, held_out, settings.key(2)))
+    losses = validate(state.ema, schedule, examples, settings.key(2), mesh)
+    # On the host, in an order that no number of devices changes.
+    quartiles = np.asarray(losses, np.float64)[:count].mean(axis=0)
     return {
-        "step": int(state.step),
         "validation_loss": float(quartiles.mean()),
         "validation_loss_by_quartile": quartiles.tolist(),
     }
 
 
 class Interrupts:
-    """Within `with`, the first Ctrl-C only sets `requested`; the second acts as usual."""
+    """Within `with`, the first Ctrl-C or SIGTERM only asks for a stop; a second acts as usual."""
 
     requested = False
 
     def __enter__(self) -> "Interrupts":
-        self.previous = signal.signal(signal.SIGINT, self._request)
+        # On many hosts JAX itself hears SIGTERM, and has all of them agree on a step.
+        signals = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
+        self.previous = {number: signal.signal(number, self._request) for number in signals}
         return self
 
-    def _request(self, *_: Any) -> None:
+    def _request(self, number: int, _: Any) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.__exit__()
+
+    def stop(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def new_state(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
+    """The state at step 0."""
+    config = settings.network(about.shape[0], about.num_classes)
+    make_network = partial(build, config, key=settings.key(0))
+    if mesh is None or settings.sharding == "replicated":
+        return init_state(make_network(), optimizer(settings))
+    return init_sharded(make_network, optimizer(settings), mesh, settings.sharding)
+
+
+def state_like(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
+    """The state's shapes, laid out on the devices. No weight is initialised."""
+    like = eqx.filter_eval_shape(new_state, settings, about, None)
+    if mesh is None:
+        return like
+    layout = shardings(like, mesh, settings.sharding)
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    arrays = eqx.filter(like, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    return eqx.combine(jax.tree.map(placed, arrays, layout), like)
+
+
+def restore_ema(path: Path) -> Network:
+    """The averaged weights of a run's newest checkpoint. Nothing else is read."""
+    folder = Folder(path)
+    settings, about = folder.read()
+    like = state_like(settings, about, None)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        return checkpoints.restore_part(like.ema, "ema").state
+
+
+def data_mesh() -> Mesh | None:
+    """All devices of all hosts in a row; `None` for one device."""
+    count = jax.device_count()
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,)) if count > 1 else None
 
 
 def train(
     settings: Settings,
     folder: Folder,
     *,
-    resume: bool,
-    overwrite: bool,
+    resume: bool = False,
+    overwrite: bool = False,
     given: Collection[str] = (),
+    profile: int | None = None,
 ) -> bool:
-    """Trains to the end, or to the first Ctrl-C: whether it got to the end.
+    """Trains to the end, or until it is asked to stop: whether it got to the end.
 
     A run that is resumed keeps its saved settings; `given` names those of `settings` that were
-    asked for nevertheless.
+    asked for nevertheless. `profile` is a step from which on five are traced.
 
     **Raises:**
 
-    `FileExistsError` for a folder that holds a run, unless told what to do with it; `ValueError`
-    for settings that do not fit each other, the devices, or the run to go on with.
+    `FileExistsError` for a folder that holds a run, unless told what to do with it, or that another
+    process works in; `ValueError` for settings that do not fit each other, the devices, the data,
+    or the run to go on with; `ArithmeticError` after too many steps that are not finite.
     """
+    saved_about = None
     if resume:
-        settings = _merge(settings, folder.settings(), given)
-        state = restore(folder, settings)
-        if int(state.step) > settings.steps:
-            raise ValueError(
-                f"{folder.path} is at step {state.step}, beyond steps={settings.steps}"
-            )
+        saved, saved_about = folder.read()
+        settings = _merge(settings, saved, given)
     else:
         folder.check(overwrite=overwrite)
-        state = init_state(build(settings.network, key=settings.key(0)), optimizer(settings))
-    train_set, held_out = digits()
-    check_labels(train_set.label, DIGITS_CLASSES)
-    schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
-    step_fn = _train_step(settings, schedule)
-
-    def batch(step: int) -> Images:
-        index = batch_indices(step, settings.batch_size, len(train_set.label), seed=settings.seed)
-        return Images(train_set.image[index], train_set.label[index])
-
+    task = _task.load(settings)
+    if saved_about not in (None, task.about):
+        raise ValueError(
+            f"{settings.data} is not what the run was begun with: {task.about}, was {saved_about}"
+        )
+    run = _Run(settings, folder, task)
     if not resume:
-        # Settings that do not fit the devices or each other fail here, before anything is written.
-        jax.eval_shape(step_fn, state, batch(0), settings.key(1))
-    folder.begin(settings, int(state.step))
-    clock = _Throughput(settings.batch_size)
-    start = int(state.step)
-    with Interrupts() as interrupts, tqdm(total=settings.steps, initial=start, unit="step") as bar:
-        for done in range(start + 1, settings.steps + 1):
-            state, metrics = step_fn(state, batch(done - 1), settings.key(1))
-            clock.count += 1
-            bar.update()
-            stop = interrupts.requested or done == settings.steps
-            save = stop or done % settings.sample_every == 0
-            if save or done % settings.log_every == 0:
-                row = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-                row["images_per_second"] = clock.rate()
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, gradient norm {row['grad_norm']:.3f}, "
-                    f"{row['images_per_second']:.0f} images/s"
+        run.check()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every process has checked the folder")
+    with run.opened(overwrite=overwrite) as state:
+        return run.train(state, profile)
+
+
+class _Run:
+    """What the parts of a run share."""
+
+    def __init__(self, settings: Settings, folder: Folder, task: Task):
+        self.settings, self.folder, self.task = settings, folder, task
+        self.mesh = data_mesh()
+        self.decoder = _task.decoder(settings, task.about)
+        schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
+        self.step = make_train_step(
+            hybrid_loss(schedule, task.about.num_classes, settings.label_dropout),
+            optimizer(settings),
+            ema_decay=ema_warmup(settings.ema_decay),
+            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            mesh=self.mesh,
+            sharding=settings.sharding,
+            accumulate=settings.accumulate,
+            max_grad_norm=settings.max_grad_norm,
+        )
+
+    def stream(self, start: int) -> Any:
+        """The batches from a step on: this process's share."""
+        settings = self.settings
+        return batches(
+            self.task.train,
+            settings.batch_size,
+            seed=settings.seed,
+            start=start,
+            workers=settings.workers,
+            skip_corrupt=settings.skip_corrupt,
+            process=(jax.process_index(), jax.process_count()),
+        )
+
+    def check(self) -> None:
+        """What does not fit the devices or each other fails here, before a file is written."""
+        like = state_like(self.settings, self.task.about, None)
+        about = self.task.about
+        size = self.settings.batch_size
+        clean: Any = jax.ShapeDtypeStruct((size, *about.shape), np.float32)
+        label: Any = jax.ShapeDtypeStruct((size,), np.int32)
+        eqx.filter_eval_shape(self.step, like, Images(clean, label), self.settings.key(1))
+
+    @contextlib.contextmanager
+    def opened(self, *, overwrite: bool) -> Iterator[TrainState]:
+        """Locks the folder, and gives the state to go on from."""
+        settings, folder, about = self.settings, self.folder, self.task.about
+        with contextlib.ExitStack() as stack:
+            if hosts.is_main():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder.lock))
+                if overwrite:
+                    folder.clear()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the folder is ready")
+            self.checkpoints = stack.enter_context(
+                Checkpoints(
+                    folder.checkpoints,
+                    keep_last=settings.keep_last,
+                    keep_every=settings.keep_every,
                 )
-                if not math.isfinite(row["loss"] + row["grad_norm"]):
-                    raise ArithmeticError(
-                        f"the loss is {row['loss']} and the gradient norm {row['grad_norm']} at "
-                        f"step {done}: try a lower --learning-rate; the last checkpoint, if there "
-                        f"is one, is {folder.checkpoint}"
+            )
+            start = 0
+            if self.checkpoints.steps():
+                like = state_like(settings, about, self.mesh)
+                restored = self.checkpoints.restore(like, config=self.identity())
+                for reason in restored.fell_back:
+                    tell(reason)
+                state, start = restored.state, restored.step
+                if start > settings.steps:
+                    raise ValueError(
+                        f"{folder.path} is at step {start}, beyond steps={settings.steps}"
                     )
-                folder.append({"step": done} | row)
-            if save:
-                # The checkpoint last: rows beyond it are dropped when the run goes on.
-                folder.append(validation(settings, state, held_out))
-                checkpoint.save(folder.checkpoint, state)
-                _report.loss_curve(folder.loss, folder.rows())
-                if not stop:
-                    images = sample(settings, state.ema, np.arange(100) // 10)
-                    _report.grid(folder.samples, images.reshape(10, 10, *DIGITS_SHAPE), range(10))
-                clock.restart()
-            if stop:
-                break
-    return int(state.step) == settings.steps
+            else:
+                state = new_state(settings, about, self.mesh)
+            if hosts.is_main():
+                folder.begin(settings, about, start)
+            yield state
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        fixed = {n: v for n, v in self.settings.record().items() if n not in _FREE}
+        return json.loads(json.dumps(fixed | dataclasses.asdict(self.task.about)))
+
+    def train(self, state: TrainState, profile: int | None) -> bool:
+        settings, folder = self.settings, self.folder
+        start, key = int(state.step), settings.key(1)
+        flops = self._flops()
+        guard = _Guard(settings.max_skipped)
+        corrupt = 0
+        log = Log(
+            folder,
+            start=start,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            main=hosts.is_main(),
+        )
+        with Interrupts() as interrupts, log, self.stream(start) as stream:
+            for done in range(start + 1, settings.steps + 1):
+                begun = time.perf_counter()
+                batch, damaged = next(stream)
+                log.step(time.perf_counter() - begun)
+                corrupt += damaged
+                if self.mesh is not None:
+                    batch = hosts.global_batch(batch, self.mesh)
+                _trace(folder, profile, done)
+                state, metrics = self.step(state, batch, key)
+                if done == start + 1:
+                    # The step is compiled by now, which the rates leave out.
+                    jax.block_until_ready(metrics)
+                    log.restart()
+                guard.add(metrics["skipped"])
+                stop = interrupts.stop(done) or done == settings.steps
+                save = stop or done % settings.sample_every == 0
+                if save or done % settings.log_every == 0:
+                    names = ("loss", "grad_norm", "param_norm")
+                    row = {name: float(metrics[name]) for name in names}
+                    row |= log.rates(flops) | {"skipped": guard.count(), "corrupt": corrupt}
+                    corrupt = 0
+                    log.write(done, row)
+                    log.show(row)
+                if guard.in_a_row >= settings.max_skipped:
+                    raise ArithmeticError(self._not_finite(done, metrics))
+                if save:
+                    self._save(done, state, log, last=stop)
+                    log.restart()
+                if stop:
+                    break
+        self.checkpoints.wait()
+        finished = int(state.step) == settings.steps
+        if finished:
+            self._report(state)
+        return finished
+
+    def _save(self, done: int, state: TrainState, log: Log, *, last: bool) -> None:
+        """A validation, a checkpoint, and pictures."""
+        settings, folder = self.settings, self.folder
+        log.write(done, validation(settings, state, self.task.held_out, self.mesh))
+        try:
+            self.checkpoints.save(done, state, data={"step": done}, config=self.identity())
+        except (OSError, ValueError) as error:
+            if settings.save_errors == "stop":
+                raise
+            tell(f"step {done} was not saved: {error}")
+        if hosts.is_main():
+            _report.loss_curve(folder.loss, folder.rows())
+        if not last:
+            self._picture(state)
+
+    def _picture(self, state: TrainState, columns: int = 10) -> None:
+        """Samples of the first ten classes, a row each."""
+        about = self.task.about
+        if about.autoencoder is not None and self.decoder is None:
+            return
+        ema = gathered(state.ema, self.mesh)
+        if hosts.is_main():
+            rows = min(10, about.num_classes)
+            columns = 10 if self.decoder is None else 4
+            labels = np.repeat(np.arange(rows), columns)
+            images = sample(self.settings, about, ema, labels, self.decoder)
+            images = images.reshape(rows, columns, *images.shape[1:])
+            _report.grid(self.folder.samples, images, about.classes[:rows])
+
+    def _report(self, state: TrainState) -> None:
+        """What a finished run says of itself: report.json, and a last picture."""
+        row = validation(self.settings, state, self.task.held_out, self.mesh)
+        figures = {"step": int(state.step)} | row
+        self._picture(state)
+        if self.settings.data == "digits":
+            ema = gathered(state.ema, self.mesh)
+            if hosts.is_main():
+                label = np.arange(500, dtype=np.int32) % self.task.about.num_classes
+                images = Images(sample(self.settings, self.task.about, ema, label), label)
+                figures |= _report.quality(images, *digits())
+        if hosts.is_main():
+            replace(self.folder.report, json.dumps(figures, indent=2) + "\n")
+
+    def _flops(self) -> float | None:
+        """FLOPs of an image in training, over what all devices could do in a second at best."""
+        about, peak = self.task.about, peak_flops()
+        if peak is None:
+            tell(f"the peak of {jax.devices()[0].device_kind} is not known: MFU is left out")
+            return None
+        macs = num_macs(self.settings.network(about.shape[0], about.num_classes), *about.shape[1:])
+        # Forward, and backward at twice that; two FLOPs a multiply-add.
+        return 6 * macs / (peak * jax.device_count())
+
+    def _not_finite(self, done: int, metrics: dict[str, Array]) -> str:
+        steps = self.checkpoints.steps()
+        last = f"step {steps[-1]} in {self.folder.checkpoints}" if steps else "none"
+        return (
+            f"at step {done} the loss is {float(metrics['loss'])} and the gradient norm "
+            f"{float(metrics['grad_norm'])}, the last of {self.settings.max_skipped} such steps in "
+            f"a row, none of which touched the weights: try a lower --learning-rate. The last good "
+            f"checkpoint is {last}"
+        )
 
 
-def _train_step(settings: Settings, schedule: dfn.Schedule) -> Any:
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return make_train_step(
-        hybrid_loss(schedule, settings.label_dropout),
-        optimizer(settings),
-        ema_decay=ema_warmup(settings.ema_decay),
-        dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
-        mesh=mesh if devices > 1 else None,
-        accumulate=settings.accumulate,
-    )
+class _Guard:
+    """Counts steps that were not finite, a few steps late, so that nothing waits for the device."""
+
+    def __init__(self, limit: int):
+        self.pending: collections.deque[Array] = collections.deque()
+        self.in_a_row, self.total, self.limit = 0, 0, limit
+
+    def add(self, skipped: Array) -> None:
+        self.pending.append(skipped)
+        if len(self.pending) > 4:
+            self._look()
+
+    def count(self) -> int:
+        """How many there were since the last call."""
+        while self.pending:
+            self._look()
+        total, self.total = self.total, 0
+        return total
+
+    def _look(self) -> None:
+        skipped = bool(self.pending.popleft())
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
 
 
-class _Throughput:
-    """Images a second since the last reading, time spent on other work left out."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self.count, self.since = 0, time.perf_counter()
-
-    def rate(self) -> float:
-        rate = self.count * self.batch_size / (time.perf_counter() - self.since)
-        self.restart()
-        return rate
+def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """All of every array on every host."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tree = eqx.filter_jit(lambda t: eqx.filter_shard(t, everywhere))(tree)
+    return jax.tree.map(lambda a: a.addressable_data(0) if eqx.is_array(a) else a, tree)
 
 
-def sample(settings: Settings, network: Network, labels: np.ndarray) -> np.ndarray:
+def sample(
+    settings: Settings, about: About, network: Network, labels: np.ndarray, decoder: Any = None
+) -> np.ndarray:
     """Draws from a run's network by the run's settings, one image a label."""
+    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps)
     sampling = Sampling(
         network,
-        dfn.Schedule(
-            dfn.linear_betas(SCHEDULE_STEPS),
-            dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps),
-        ),
-        null=DIGITS_CLASSES,
+        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
+        null=about.num_classes,
         guidance_scale=settings.guidance_scale,
         sampler="ddim",
-        shape=DIGITS_SHAPE,
+        shape=about.shape,
         key=settings.key(3),
+        decoder=decoder,
     )
-    return draw(sampling, labels)
+    return draw(sampling, labels, batch_size=100 if decoder is None else 8)
 
 
-def report(folder: Folder, *, samples: int = 500) -> dict[str, Any]:
-    """Draws from a finished run; writes samples.png and report.json and returns the latter."""
-    settings = folder.settings()
-    label = np.arange(samples, dtype=np.int32) % DIGITS_CLASSES
-    state = restore(folder, settings)
-    image = sample(settings, state.ema, label)
-    first = image[: 10 * DIGITS_CLASSES].reshape(10, DIGITS_CLASSES, *DIGITS_SHAPE)
-    _report.grid(folder.samples, first.swapaxes(0, 1), range(DIGITS_CLASSES))
-    train_set, held_out = digits()
-    figures = validation(settings, state, held_out)
-    figures |= _report.quality(Images(image, label), train_set, held_out)
-    folder.report.write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+def tell(message: str) -> None:
+    """Says something beside the progress bar."""
+    if hosts.is_main():
+        tqdm.write(f"equidit: {message}", file=sys.stderr)
+
+
+def _trace(folder: Folder, profile: int | None, step: int) -> None:
+    """Traces five steps from `profile` on."""
+    if profile is not None and step == profile:
+        jax.profiler.start_trace(folder.profile)
+    if profile is not None and step == profile + 5:
+        jax.profiler.stop_trace()
 
 
 def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:
@@ -397,7 +510,7 @@ def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Setti
         for name in settings.record().keys() & set(given)
         if getattr(settings, name) != getattr(saved, name)
     }
-    if fixed := changed.keys() - {"steps", "log_every", "sample_every"}:
+    if fixed := changed.keys() - _FREE:
         listed = ", ".join(f"{n}={changed[n]} (was {getattr(saved, n)})" for n in sorted(fixed))
         raise ValueError(f"a run goes on with its own settings; these differ: {listed}")
     return dataclasses.replace(saved, **changed)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import _run, pretrained
-from .data import DIGITS_CLASSES, DIGITS_SHAPE
+from . import _run, _task, pretrained
+from ._folder import Folder
 
 
 class Source(NamedTuple):
@@ -26,11 +26,18 @@ class Source(NamedTuple):
     published: bool
 
 
-def of_run(path: Path) -> Source:
-    """The averaged weights of a run."""
-    folder = _run.Folder(path)
-    ema = _run.restore(folder, folder.settings()).ema
-    return Source(ema, None, DIGITS_SHAPE, DIGITS_CLASSES, published=False)
+def of_run(path: Path, vae: str | None = None) -> Source:
+    """The averaged weights of a run.
+
+    **Arguments:**
+
+    - `vae`: the autoencoder of its latents; `None` is the one that it was trained with.
+    """
+    settings, about = Folder(path).read()
+    decoder = _task.decoder(settings, about, vae)
+    if about.autoencoder is not None and decoder is None:
+        raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")
+    return Source(_run.restore_ema(path), decoder, about.shape, about.num_classes, published=False)
 
 
 def of_weights(

@@ -1,6 +1,7 @@
 """The `equidit` command: what can be asked of it, and how it answers when something is wrong."""
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from ._common import check_positive, extra
 with extra("train"):
     import tyro
 
-from . import _report, _run, diffusion as dfn, pretrained
+from . import _report, _run, diffusion as dfn, hosts, pretrained
 from ._encode import encode
+from ._folder import Folder
 from ._images import Small, image_folder
 from ._npz import random_labels, write_npz
 from ._sampling import Sampler, Sampling, draw
+from ._settings import SCHEDULE_STEPS, Settings, defaults
 from ._source import Source, of_run, of_weights
 from .checkpoint import fingerprint
 from .data import check_labels
@@ -47,21 +50,39 @@ _Labels = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(_run.Settings):
-    """Train a small class-conditional DiT on images and sample from it.
+class Train(Settings):
+    """Train a class-conditional DiT on images or latents and sample from it.
 
-    Leaves in the run's folder: config.json, metrics.jsonl, loss.png, samples.png, checkpoint.npz
-    and report.json. Ctrl-C leaves a checkpoint; --resume goes on from it.
+    The defaults shown are those of the kind of data: for folders and latents the paper's recipe.
+    Leaves in the run's folder: config.json, metrics.jsonl, loss.png, samples.png, checkpoints,
+    TensorBoard's events and report.json. Ctrl-C and SIGTERM leave a checkpoint; --resume goes on.
     """
 
-    data: tyro.conf.Positional[Literal["digits"]] = "digits"
-    """What to train on: the handwritten digits that ship with scikit-learn."""
-    out: Path = Path("runs/digits")
-    """The run's folder."""
+    data: tyro.conf.Positional[str] = "digits"
+    """What to train on: "digits", the handwritten digits that ship with scikit-learn; "folder:DIR",
+    pictures in one folder a class; or "latents:DIR", what `equidit encode` made."""
+    out: Path | None = None
+    """The run's folder; by default runs/ and the name of the data."""
     resume: bool = False
     """Go on with the run in that folder, to `steps` steps in all."""
     overwrite: bool = False
     """Start over in that folder; the run in it is lost."""
+    profile: int | None = None
+    """A step from which on five are traced, for TensorBoard or Perfetto."""
+    distributed: bool = False
+    """Train together with other processes, as the environment says: on TPU pods, under SLURM."""
+    coordinator: str | None = None
+    """Elsewhere: host:port of process 0."""
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: this one's number, from 0."""
+
+    @property
+    def folder(self) -> Folder:
+        """The run's folder."""
+        _, path = self.source
+        return Folder(self.out or Path("runs") / (path.resolve().name if path else self.data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +100,8 @@ class Sample:
     """Published weights instead: an official .pt or .safetensors file, a folder of diffusers', or a
     name on the Hugging Face hub."""
     vae: str | None = None
-    """Folder of the autoencoder that decodes the latents of published weights, or a hub name."""
+    """Folder of the autoencoder that decodes latents, or its name on the Hugging Face hub; of a run
+    by default the one that it was trained with."""
     size: int | None = None
     """Side of the images of published weights, in pixels; by default what they were trained for."""
     num_heads: int | None = None
@@ -147,16 +169,19 @@ class Encode:
 
 def run(arguments: Sequence[str]) -> int:
     """Parses and carries out one command, and returns the exit status."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "sample": Sample, "encode": Encode},
-        prog="equidit",
-        description="Diffusion Transformers in JAX.",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-    )
+    words, given = _words(arguments)
     try:
+        command = tyro.cli(
+            Annotated[Train, tyro.conf.subcommand("train", default=_preset(words))]  # pyright: ignore
+            | Annotated[Sample, tyro.conf.subcommand("sample")]
+            | Annotated[Encode, tyro.conf.subcommand("encode")],
+            prog="equidit",
+            description="Diffusion Transformers in JAX.",
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
         if isinstance(command, Train):
-            return _train(command, _given(arguments))
+            return _train(command, given)
         _sample(command) if isinstance(command, Sample) else _encode(command)
         return 0
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
@@ -167,43 +192,88 @@ def run(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _given(arguments: Sequence[str]) -> set[str]:
-    """The settings that are named on the command line."""
-    flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
-    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+def _words(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The arguments with the data in its place, and the settings that they name."""
+    words = list(arguments)
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    if words[:1] == ["train"]:
+        # `--data X` is the same as `X`.
+        if "--data" in words[:-1]:
+            at = words.index("--data")
+            words = ["train", words[at + 1], *words[1:at], *words[at + 2 :]]
+        words = [word.removeprefix("--data=") for word in words]
+        if len(words) > 1 and not words[1].startswith("-"):
+            given.add("data")
+    return words, given
+
+
+def _preset(words: list[str]) -> Train:
+    """The defaults for the kind of data that the words name."""
+    named = [word for word in words[1:2] if not word.startswith("-")]
+    if words[:1] != ["train"] or not named:
+        return Train()
+    return Train(data=named[0], **defaults(named[0]))
 
 
 def _train(command: Train, given: set[str]) -> int:
     if command.resume and command.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    folder = _run.Folder(command.out)
-    options = {"resume": command.resume, "overwrite": command.overwrite}
-    if not _run.train(command, folder, **options, given=given):
-        print(
-            f"Stopped; the checkpoint is {folder.checkpoint}. To go on:\n"
-            f"  equidit train {command.data} --out {shlex.quote(str(command.out))} --resume"
-        )
-        return 130
-    figures = _run.report(folder)
-    quartiles = " ".join(f"{loss:.3f}" for loss in figures["validation_loss_by_quartile"])
-    print(
-        f"""
-Validation loss      {figures["validation_loss"]:.4f} (by quartile of the timestep: {quartiles})
-Accuracy             {figures["accuracy"]:.3f} on {figures["samples"]} samples \
-({figures["accuracy_held_out"]:.3f} on held-out digits)
-Frechet distance     {figures["frechet"]:.2f}, {figures["frechet"] / figures["frechet_floor"]:.2f} \
-times the floor of {figures["frechet_floor"]:.2f}
-Nearest training     {figures["nearest"]:.2f} away ({figures["nearest_held_out"]:.2f} for held-out \
-digits)
-
-Samples              {folder.samples}
-Loss curve           {folder.loss}
-Metrics              {folder.metrics}
-Figures              {folder.report}
-Checkpoint, config   {folder.checkpoint}, {folder.config}
-Draw more            equidit sample {shlex.quote(str(command.out))} --labels 3,1,4"""
+    if command.distributed or command.coordinator is not None:
+        hosts.initialize(command.coordinator, command.num_processes, command.process_id)
+    folder = command.folder
+    finished = _run.train(
+        command,
+        folder,
+        resume=command.resume,
+        overwrite=command.overwrite,
+        given=given,
+        profile=command.profile,
     )
+    if hosts.is_main():
+        print(_finished(folder) if finished else _stopped(folder))
     return 0
+
+
+def _stopped(folder: Folder) -> str:
+    settings, _ = folder.read()
+    return (
+        f"Stopped; the checkpoints are in {folder.checkpoints}. To go on:\n"
+        f"  equidit train {settings.data} --out {shlex.quote(str(folder.path))} --resume"
+    )
+
+
+def _finished(folder: Folder) -> str:
+    """What a run has come to, and where it lies."""
+    figures = json.loads(folder.report.read_text())
+    lines = []
+    if "validation_loss" in figures:
+        quartiles = " ".join(f"{loss:.3f}" for loss in figures["validation_loss_by_quartile"])
+        lines.append(
+            f"Validation loss      {figures['validation_loss']:.4f} "
+            f"(by quartile of the timestep: {quartiles})"
+        )
+    if "accuracy" in figures:
+        ratio = figures["frechet"] / figures["frechet_floor"]
+        lines += [
+            f"Accuracy             {figures['accuracy']:.3f} on {figures['samples']} samples "
+            f"({figures['accuracy_held_out']:.3f} on held-out digits)",
+            f"Frechet distance     {figures['frechet']:.2f}, {ratio:.2f} times the floor of "
+            f"{figures['frechet_floor']:.2f}",
+            f"Nearest training     {figures['nearest']:.2f} away "
+            f"({figures['nearest_held_out']:.2f} for held-out digits)",
+        ]
+    samples = folder.samples if folder.samples.exists() else "none: latents want --vae"
+    lines += [
+        "",
+        f"Samples              {samples}",
+        f"Loss curve           {folder.loss}",
+        f"Metrics              {folder.metrics}, {folder.events}",
+        f"Figures              {folder.report}",
+        f"Checkpoints, config  {folder.checkpoints}, {folder.config}",
+        f"Draw more            equidit sample {shlex.quote(str(folder.path))} --labels 3,1,4",
+    ]
+    return "\n" + "\n".join(lines)
 
 
 def _sample(command: Sample) -> None:
@@ -216,11 +286,11 @@ def _sample(command: Sample) -> None:
     sampler = command.sampler or ("ddpm" if source.published else "ddim")
     labels = _labels_of(command, source)
     check_labels(labels, source.num_classes)
-    steps = dfn.space_timesteps(_run.SCHEDULE_STEPS, command.steps)
+    steps = dfn.space_timesteps(SCHEDULE_STEPS, command.steps)
     network = source.network
     sampling = Sampling(
         network if command.dtype == "float32" else cast(network, command.dtype),
-        dfn.Schedule(dfn.linear_betas(_run.SCHEDULE_STEPS), steps),
+        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), steps),
         null=source.num_classes,
         guidance_scale=command.guidance_scale,
         guidance_channels=command.guidance_channels,
@@ -257,9 +327,9 @@ def _sample(command: Sample) -> None:
 def _source_of(command: Sample) -> Source:
     if command.weights is None:
         assert command.run is not None
-        if given := [n for n in ("vae", "size", "num_heads", "arithmetic") if getattr(command, n)]:
+        if given := [n for n in ("size", "num_heads", "arithmetic") if getattr(command, n)]:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --weights, not to a run")
-        return of_run(command.run)
+        return of_run(command.run, command.vae)
     return of_weights(
         command.weights,
         command.vae,

@@ -1,14 +1,20 @@
-"""Data sets and the order in which training sees them."""
+"""Data sets, and the order in which training sees them."""
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Array, Float, Integer, Num, PRNGKeyArray
 
 from ._common import check_positive, extra
 from ._images import (
     ImageError as ImageError,
     ImageFolder as ImageFolder,
+    Small as Small,
     image_folder as image_folder,
     read_image as read_image,
 )
@@ -19,10 +25,121 @@ DIGITS_CLASSES = 10
 
 
 class Images(NamedTuple):
-    """Images in [-1, 1] and their labels, in host memory."""
+    """Images and their labels: one, a batch, or a whole data set in memory.
 
-    image: Float[np.ndarray, "batch channels height width"]
-    label: Integer[np.ndarray, " batch"]
+    Floats are in [-1, 1]; bytes, which are a quarter to send to a device, are scaled there.
+    """
+
+    image: Num[np.ndarray, "*batch channels height width"]
+    label: Integer[np.ndarray, "*batch"]
+
+    def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+        """The clean example to be diffused. `key` is not read."""
+        image = jnp.asarray(self.image)
+        return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+
+
+class Latents(NamedTuple):
+    """Moments of latents, in the units that a DiT sees, and their labels: one, or a batch."""
+
+    mean: Float[np.ndarray, "*batch channels height width"]
+    std: Float[np.ndarray, "*batch channels height width"]
+    label: Integer[np.ndarray, "*batch"]
+
+    def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+        """The clean example to be diffused: a latent drawn with `key`."""
+        mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+        return mean + std * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set: what [`equidit.data.batches`][] reads. Worker processes get a pickled copy.
+
+    `label` holds every example's; `read(index, rng)` gives one example, a pytree of NumPy arrays
+    with a method `clean(key)` and a field `label`; chance (a flip) comes from `rng` alone.
+    """
+
+    label: Any
+
+    def read(self, index: int, rng: np.random.Generator, /) -> Any: ...
+
+
+class ArraySource:
+    """Images in memory."""
+
+    def __init__(self, images: Images):
+        self.images, self.label = images, images.label
+
+    def read(self, index: int, rng: np.random.Generator) -> Images:
+        return Images(self.images.image[index], self.images.label[index])
+
+
+class FolderSource:
+    """Pictures of a folder, as squares of bytes, every other one mirrored."""
+
+    def __init__(self, folder: ImageFolder, size: int, *, small: Small = "refuse"):
+        """**Arguments:** see [`equidit.data.image_folder`][] and [`equidit.data.read_image`][]."""
+        self.folder, self.size = folder, size
+        self.small: Small = small
+        self.label = folder.label
+
+    def read(self, index: int, rng: np.random.Generator) -> Images:
+        mirrored = rng.random() < 0.5
+        path = self.folder.root / self.folder.files[index]
+        try:
+            pixels = read_image(path, self.size, small=self.small)
+        except ImageError as error:
+            raise ImageError(f"example {index}: {error}", damaged=error.damaged) from error
+        if mirrored:
+            pixels = pixels[..., ::-1]
+        return Images(np.ascontiguousarray(pixels), self.label[index])
+
+
+class LatentSource:
+    """A cache of latents, every other one of the mirrored picture. Skipped ones are left out."""
+
+    def __init__(self, path: Path):
+        """**Arguments:** see [`equidit.data.open_latents`][]."""
+        self.path = path
+        self.cache = open_latents(path)
+        self.rows = np.flatnonzero(self.cache.label >= 0)
+        self.label = np.asarray(self.cache.label[self.rows])
+
+    def read(self, index: int, rng: np.random.Generator) -> Latents:
+        row, mirrored = self.rows[index], int(rng.random() < 0.5)
+        mean, std = (
+            np.asarray(moment[row, mirrored], np.float32)
+            for moment in (self.cache.mean, self.cache.std)
+        )
+        return Latents(mean, std, self.label[index])
+
+    # Mapped files are opened anew in a worker, rather than copied to it.
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+
+class Subset:
+    """Some examples of a source."""
+
+    def __init__(self, source: Source, rows: Integer[np.ndarray, " size"]):
+        self.source, self.rows = source, rows
+        self.label = np.asarray(source.label)[rows]
+
+    def read(self, index: int, rng: np.random.Generator) -> Any:
+        return self.source.read(int(self.rows[index]), rng)
+
+
+def held_out(source: Source, count: int, *, seed: int = 0) -> tuple[Subset, Subset]:
+    """Splits a source in two: the larger part, and `count` examples. Always the same for a seed."""
+    size = len(source.label)
+    if not 0 <= count < size:
+        raise ValueError(f"count={count} must be below {size}, the number of examples")
+    order = np.random.default_rng(seed).permutation(size)
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
 def digits() -> tuple[Images, Images]:
@@ -50,24 +167,89 @@ def digits() -> tuple[Images, Images]:
     return train_set, held_out
 
 
-def batch_indices(step: int, batch_size: int, size: int, *, seed: int) -> Integer[np.ndarray, "_"]:
-    """Which examples make up a training step's batch: a new shuffle of the data every epoch.
+class _Reader:
+    """Reads one example, or says that it is damaged; the following one then takes its place."""
 
-    A function of the step alone, so a run that resumes at any step sees the same data.
+    def __init__(self, source: Source, skip_corrupt: bool):
+        self.source, self.skip_corrupt = source, skip_corrupt
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Any, int]:
+        size = len(self.source.label)
+        for skipped in range(size):
+            try:
+                return self.source.read((int(index) + skipped) % size, rng), skipped
+            except ImageError as error:
+                if not (self.skip_corrupt and error.damaged):
+                    raise
+        raise ImageError("every example is damaged", damaged=True)
+
+
+def _count_skipped(batch: tuple[Any, np.ndarray]) -> tuple[Any, int]:
+    return batch[0], int(batch[1].sum())
+
+
+@contextlib.contextmanager
+def batches(
+    source: Source | Images,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    skip_corrupt: bool = False,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[Iterator[tuple[Any, int]]]:
+    """Batches for ever, from the step `start` on: a new shuffle of the data every epoch.
+
+    What is in a batch depends on the seed and the step alone, so that a run which goes on at any
+    step, with any number of workers or processes, sees the same data. Use it in a `with`
+    statement, which ends the workers.
 
     **Arguments:**
 
-    - `step`: from 0.
-    - `batch_size`, `size`: of a batch, and of the data set; a batch may span epochs.
+    - `source`: a [`equidit.data.Source`][], or images in memory.
+    - `batch_size`: of all processes together. A batch may span epochs.
     - `seed`: of the run.
+    - `start`: number of batches to leave out: the step to go on at.
+    - `workers`: processes that read; 0 reads in threads, which suffices for most data. A script
+        that asks for some must guard its main part by `if __name__ == "__main__":`.
+    - `skip_corrupt`: whether a damaged example is replaced by the one after it, rather than an
+        error.
+    - `process`: this process's number, and how many there are. Each gets its share of the batch.
+
+    **Returns:**
+
+    Pairs of the batch, a pytree of arrays, and the number of damaged examples that were skipped.
+
+    **Raises:**
+
+    `ValueError` if the processes do not divide the batch, or the source is empty; and from the
+    iterator [`equidit.data.ImageError`][], which names the file and the index.
     """
-    check_positive(batch_size=batch_size, size=size)
-    position = np.arange(step * batch_size, (step + 1) * batch_size)
-    shuffles = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(size)
-        for epoch in np.unique(position // size)
-    }
-    return np.array([shuffles[p // size][p % size] for p in position])
+    number, count = process
+    check_positive(batch_size=batch_size, examples=len(source.label))
+    if batch_size % count:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the processes")
+    with extra("train"):
+        import grain
+        from absl import flags
+
+    reader = _Reader(ArraySource(source) if isinstance(source, Images) else source, skip_corrupt)
+    dataset = grain.MapDataset.range(len(source.label)).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(reader).batch(batch_size // count)[start * count + number :: count]
+    # As the last transformation `batch` would answer in shared memory, and leave some behind.
+    dataset = dataset.map(_count_skipped)
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+    stream = dataset.to_iter_dataset(ahead)
+    if workers:
+        # Else the workers refuse to start.
+        flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
+    iterator = iter(stream)
+    try:
+        yield iterator
+    finally:
+        iterator.close()
 
 
 def check_labels(label: Integer[np.ndarray, "*_"], num_classes: int) -> None:

@@ -1,7 +1,25 @@
+"""Data sets, and the order in which training sees them."""
+
+import json
+import multiprocessing
+import pickle
+
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from equidit.data import DIGITS_SHAPE, batch_indices, check_labels, digits
+from equidit.data import (
+    DIGITS_SHAPE,
+    FolderSource,
+    ImageError,
+    LatentSource,
+    batches,
+    check_labels,
+    digits,
+    held_out,
+    image_folder,
+)
 
 
 def test_digits():
@@ -19,19 +37,156 @@ def test_digits():
     assert (digits()[1].image == held_out.image).all()
 
 
-def test_batches_shuffle_anew_every_epoch_and_depend_on_the_step_alone():
-    size, batch = 10, 4
-    order = np.concatenate([batch_indices(step, batch, size, seed=3) for step in range(5)])
-    first, second = order[:size], order[size:]
-    assert sorted(first) == sorted(second) == list(range(size))
+class Numbers:
+    """Example i is the number i, and what chance gave it."""
+
+    def __init__(self, size, damaged=()):
+        self.label, self.damaged = np.arange(size), damaged
+
+    def read(self, index, rng):
+        if index in self.damaged:
+            raise ImageError(f"example {index} is damaged", damaged=True)
+        return {"label": np.int64(index), "chance": rng.random()}
+
+
+def taken(count, source, batch_size, **options):
+    with batches(source, batch_size, seed=options.pop("seed", 3), **options) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def labels(pairs):
+    return np.concatenate([batch["label"] for batch, _ in pairs])
+
+
+def test_batches_shuffle_anew_every_epoch():
+    order = labels(taken(5, Numbers(10), 4))
+    first, second = order[:10], order[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
     assert (first != second).any()
-    again = batch_indices(2, batch, size, seed=3)
-    assert (again == order[2 * batch : 3 * batch]).all()
-    assert (batch_indices(0, size, size, seed=4) != first).any()
+    assert (labels(taken(5, Numbers(10), 4, seed=4)) != order).any()
     # A batch may be larger than the data.
-    assert np.bincount(batch_indices(0, 25, size, seed=3)).tolist() in (
-        [2 + (i in batch_indices(4, 5, size, seed=3)) for i in range(size)],
-    )
+    assert np.bincount(labels(taken(1, Numbers(10), 20))).tolist() == [2] * 10
+
+
+def test_batches_depend_on_the_step_alone():
+    whole = taken(6, Numbers(10), 4)
+    for start in (1, 4):
+        for (a, _), (b, _) in zip(
+            taken(6 - start, Numbers(10), 4, start=start), whole[start:], strict=True
+        ):
+            np.testing.assert_array_equal(a["label"], b["label"])
+            np.testing.assert_array_equal(a["chance"], b["chance"])
+    # Chance is another one in the next epoch.
+    chance = np.concatenate([batch["chance"] for batch, _ in whole])
+    assert len(np.unique(chance)) == 24
+
+
+def test_processes_share_each_batch():
+    whole = taken(4, Numbers(10), 6)
+    shares = [taken(4, Numbers(10), 6, process=(i, 3)) for i in range(3)]
+    for step, (batch, _) in enumerate(whole):
+        together = np.concatenate([share[step][0]["label"] for share in shares])
+        np.testing.assert_array_equal(together, batch["label"])
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_batches_and_end_with_the_statement():
+    before = set(multiprocessing.active_children())
+    whole = taken(6, Numbers(10), 4)
+    for (a, _), (b, _) in zip(taken(6, Numbers(10), 4, workers=2), whole, strict=True):
+        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_array_equal(a["chance"], b["chance"])
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_damaged_examples():
+    with pytest.raises(ImageError, match="example 2 is damaged"):
+        taken(3, Numbers(10, damaged=(2,)), 4)
+    pairs = taken(5, Numbers(10, damaged=(2, 3)), 4, skip_corrupt=True)
+    # Two epochs of ten: the two are replaced by the one after them.
+    assert sum(skipped for _, skipped in pairs) == 2 * (2 + 1)
+    assert np.bincount(labels(pairs)).tolist() == [2, 2, 0, 0, 6, 2, 2, 2, 2, 2]
+    with pytest.raises(ImageError, match="every example is damaged"):
+        taken(1, Numbers(3, damaged=(0, 1, 2)), 2, skip_corrupt=True)
+
+
+def test_bad_batches():
+    with pytest.raises(ValueError, match="batch_size=0"):
+        taken(1, Numbers(3), 0)
+    with pytest.raises(ValueError, match="examples=0"):
+        taken(1, Numbers(0), 1)
+    with pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of 3"):
+        taken(1, Numbers(3), 4, process=(0, 3))
+
+
+def test_folder_source_mirrors_every_other_picture(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    source = FolderSource(image_folder(tmp_path), 8)
+    plain = pixels.transpose(2, 0, 1)
+    mirrored = 0
+    for seed in range(200):
+        example = source.read(0, np.random.default_rng(seed))
+        flipped = (example.image == plain[..., ::-1]).all()
+        assert flipped or (example.image == plain).all()
+        mirrored += flipped
+    example = source.read(0, np.random.default_rng(0))
+    # Binomial with a deviation of 7.
+    assert 70 < mirrored < 130
+    clean = example.clean(jax.random.key(0))
+    np.testing.assert_allclose(clean, example.image / 127.5 - 1, atol=1e-6)
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"example 0: .*1\.png is no picture") as error:
+        source.read(0, np.random.default_rng(0))
+    assert error.value.damaged
+
+
+def cache(path, mean, std, label):
+    path.mkdir()
+    for name, array in (("mean", mean), ("std", std), ("label", label)):
+        np.save(path / f"{name}.npy", array)
+    info = {"format": 1, "count": len(label), "classes": ["a", "b"], "autoencoder": "0"}
+    (path / "info.json").write_text(json.dumps(info))
+    return path
+
+
+def test_latents_are_drawn_with_the_moments_of_a_picture_or_its_mirror_image(tmp_path):
+    rng = np.random.default_rng(0)
+    mean, std = rng.standard_normal((2, 3, 2, 4, 2, 2)).astype(np.float32)
+    std = np.abs(std)
+    source = LatentSource(cache(tmp_path / "c", mean, std, np.array([1, -1, 0], np.int32)))
+    # The one that was skipped is left out.
+    assert source.label.tolist() == [1, 0]
+    seen = set()
+    for seed in range(20):
+        example = source.read(1, np.random.default_rng(seed))
+        assert example.label == 0
+        (side,) = (i for i in range(2) if (example.mean == mean[2, i]).all())
+        np.testing.assert_array_equal(example.std, std[2, side])
+        seen.add(side)
+    example = source.read(1, np.random.default_rng(0))
+    assert seen == {0, 1}
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = np.asarray(jax.jit(jax.vmap(example.clean))(keys), np.float64)
+    # Four standard errors of a mean, and of a deviation.
+    errors = example.std / np.sqrt(len(keys))
+    assert (np.abs(drawn.mean(0) - example.mean) < 4 * errors).all()
+    assert (np.abs(drawn.std(0) - example.std) < 4 * errors / np.sqrt(2)).all()
+    again = pickle.loads(pickle.dumps(source))
+    example = source.read(0, np.random.default_rng(0))
+    np.testing.assert_array_equal(again.read(0, np.random.default_rng(0)).mean, example.mean)
+
+
+def test_held_out_examples_are_the_same_every_time_and_in_no_batch():
+    train, rest = held_out(Numbers(20), 5)
+    assert sorted([*train.label, *rest.label]) == list(range(20))
+    assert len(rest.label) == 5
+    assert held_out(Numbers(20), 5)[1].label.tolist() == rest.label.tolist()
+    assert [rest.read(i, np.random.default_rng(0))["label"] for i in range(5)] == [*rest.label]
+    with pytest.raises(ValueError, match=r"count=20 must be below 20"):
+        held_out(Numbers(20), 20)
 
 
 @pytest.mark.parametrize(("label", "where"), [(-1, 0), (10, 0), (11, 2)])

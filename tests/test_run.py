@@ -1,0 +1,186 @@
+"""Runs on pictures and latents, on one host and on two, and what they refuse."""
+
+import json
+import shlex
+import socket
+import subprocess
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from helpers import COMMAND, published, tree_allclose, with_devices
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_cli import error_of, run, saved
+
+from equidit._folder import Folder
+
+SMALL = shlex.split(
+    "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --steps 6 --workers 0 "
+    "--log-every 2 --sample-every 4 --sampling-steps 3 --held-out 8 --learning-rate 1e-3"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of two classes, cut from photographs that scikit-learn ships; and a small VAE."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, photograph in zip(("temple", "flower"), load_sample_images().images, strict=True):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            top, left = rng.integers(0, 427 - 96), rng.integers(0, 640 - 96)
+            picture = Image.fromarray(photograph[top : top + 96, left : left + 96])
+            picture.save(folder / "pictures" / name / f"{i}.jpg")
+    published(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(folder):
+    """The pictures, encoded."""
+    words = ("--vae", folder / "vae", "--out", folder / "latents", "--size", 32)
+    assert run("encode", "--images", folder / "pictures", *words) == 0
+    return folder / "latents"
+
+
+def rows(out):
+    return Folder(out).rows()
+
+
+def test_from_pictures_to_latents_to_samples(folder, latents, tmp_path, capsys):
+    out = tmp_path / "run"
+    vae = ("--vae", folder / "vae")
+    assert run("train", "--data", f"latents:{latents}", "--out", out, *SMALL, *vae) == 0
+    assert "Validation loss" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["about"]["shape"] == [4, 16, 16]
+    assert config["about"]["classes"] == ["flower", "temple"]
+    # The paper's recipe, where nothing else was said.
+    assert config["settings"]["ema_decay"] == 0.9999
+    assert {row["step"] for row in rows(out)} == {2, 4, 6}
+    assert len(np.unique(matplotlib.image.imread(out / "samples.png"))) > 20
+    picture = tmp_path / "a.png"
+    assert run("sample", out, "--labels", "0,1", "--steps", 3, "--out", picture) == 0
+    # The rows are two of ten images of 32 pixels, enlarged to 64.
+    assert matplotlib.image.imread(picture).shape[:2] == (2 * 68, 64 + 10 * 68)
+    resumed = tmp_path / "resumed"
+    data = f"latents:{latents}"
+    assert run("train", data, "--out", resumed, *SMALL, *vae, "--steps", 4) == 0
+    assert run("train", "--out", resumed, "--resume", "--steps", 6, "--workers", 0) == 0
+    assert tree_allclose(saved(resumed), saved(out))
+
+
+def test_pictures_as_they_are(folder, tmp_path):
+    out = tmp_path / "run"
+    broken = tmp_path / "pictures"
+    broken.mkdir()
+    for path in (folder / "pictures").rglob("*.jpg"):
+        copy = broken / path.relative_to(folder / "pictures")
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes() if path.name != "3.jpg" else b"")
+    options = (*SMALL, "--size", 16, "--skip-corrupt")
+    assert run("train", f"folder:{broken}", "--out", out, *options) == 0
+    # Two of forty are damaged, and 96 were read; some may lie among the held out.
+    assert 0 < sum(row.get("corrupt", 0) for row in rows(out)) < 12
+    assert json.loads((out / "config.json").read_text())["about"]["shape"] == [3, 16, 16]
+    assert (out / "samples.png").exists()
+
+
+def test_bad_data(folder, latents, tmp_path, capsys):
+    out = ("--out", tmp_path / "run", *SMALL)
+
+    def message(*words):
+        said = error_of(capsys, "train", *words)
+        assert not (tmp_path / "run").exists()
+        return said
+
+    pictures = folder / "pictures"
+    assert "nowhere" in message("folder:nowhere", *out)
+    (tmp_path / "empty").mkdir()
+    assert "no class folders" in message(f"folder:{tmp_path / 'empty'}", *out)
+    (tmp_path / "one" / "class").mkdir(parents=True)
+    (tmp_path / "one" / "class" / "a.jpg").write_bytes((pictures / "temple/0.jpg").read_bytes())
+    assert "one class, 'class'" in message(f"folder:{tmp_path / 'one'}", *out)
+    few = message(f"folder:{pictures}", *out, "--batch-size", 40, "--size", 16)
+    assert "40 examples" in few
+    assert "held_out=8" in few
+    assert "multiple" in message(f"latents:{latents}", *out, "--batch-size", 12)
+    assert "height=18" in message(f"folder:{pictures}", *out, "--size", 18, "--patch-size", 4)
+    _, other = published(tmp_path, latent_channels=8)
+    assert "fingerprint" in message(f"latents:{latents}", *out, "--vae", other)
+    assert "no cache of latents" in message(f"latents:{pictures}", *out)
+    (tmp_path / "file").write_text("")
+    unwritable = ("--out", tmp_path / "file" / "run", *SMALL)
+    assert "file" in message(f"latents:{latents}", *unwritable)
+
+
+def test_a_damaged_picture_is_named(folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    for name in ("a", "b"):
+        (pictures / name).mkdir(parents=True)
+        for i in range(16):
+            (pictures / name / f"{i}.jpg").write_bytes(
+                (folder / "pictures" / "temple" / f"{i}.jpg").read_bytes()
+            )
+    (pictures / "b" / "5.jpg").write_bytes(b"not a picture")
+    words = ("--out", tmp_path / "run", *SMALL, "--size", 16, "--steps", 40)
+    message = error_of(capsys, "train", f"folder:{pictures}", *words)
+    assert "b/5.jpg is no picture, or damaged" in message
+    assert "example " in message
+
+
+def test_other_data_are_refused_when_a_run_goes_on(latents, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", f"latents:{latents}", "--out", out, *SMALL, "--steps", 2) == 0
+    message = error_of(capsys, "train", "digits", "--out", out, "--resume")
+    assert "is not what the run was begun with" in message
+    assert "--vae" in error_of(capsys, "sample", out, "--labels", "0")
+    assert "label 2" in error_of(capsys, "sample", out, "--labels", "2", "--vae", folder / "vae")
+
+
+def _port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def hosts(*words, count=2, devices=4):
+    """Starts so many processes that train together."""
+    port = _port()
+    return [
+        subprocess.Popen(
+            [
+                *COMMAND,
+                *map(str, words),
+                *("--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)),
+                *("--process-id", str(i)),
+            ],
+            env=with_devices(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_two_hosts_make_the_same_run_as_one(latents, tmp_path):
+    words = ("train", f"latents:{latents}", *SMALL, "--sharding", "zero1", "--out")
+    processes = hosts(*words, tmp_path / "two")
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    # One of them speaks and writes.
+    assert "Validation loss" in printed[0]
+    assert "Validation loss" not in printed[1]
+    assert run(*words, tmp_path / "one") == 0
+    assert jax.device_count() == 8
+    assert tree_allclose(saved(tmp_path / "two"), saved(tmp_path / "one"))
+    names = ("step", "loss", "grad_norm", "validation_loss")
+    kept = [
+        [{name: row.get(name) for name in names} for row in rows(tmp_path / out)]
+        for out in ("one", "two")
+    ]
+    assert kept[0] == kept[1]

@@ -1,0 +1,51 @@
+"""Files that are whole or absent, locks, and fingerprints of trees."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from equidit._storage import locked, replace, replacing
+from equidit.checkpoint import fingerprint
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path):
+    path = tmp_path / "a.txt"
+    replace(path, "old")
+
+    def fail():
+        with replacing(path) as file:
+            file.write(b"ne")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    replace(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    with (
+        locked(tmp_path / "lock"),
+        pytest.raises(FileExistsError, match="another process"),
+        locked(tmp_path / "lock"),
+    ):
+        pass
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_fingerprints_of_trees():
+    tree = {"a": jnp.arange(6.0), "b": jnp.zeros(2, jnp.bfloat16), "name": "x"}
+    found = fingerprint(tree)
+    assert len(found) == 8
+    assert fingerprint({**tree, "a": np.arange(6, dtype=np.float32)}) == found
+    others = [
+        {**tree, "a": jnp.arange(6.0).at[3].add(1e-6)},
+        {**tree, "a": jnp.arange(6.0).reshape(2, 3)},
+        {**tree, "b": jnp.zeros(2, jnp.float16)},
+        {"c": tree["a"], "b": tree["b"]},
+    ]
+    assert len({found, *map(fingerprint, others)}) == 5
+    assert fingerprint(None) == fingerprint({}) != found
