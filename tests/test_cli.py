@@ -263,7 +263,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(out)))
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
     out = tmp_path / "my digits"
     code = "import sys; from equidit.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "train", "--out", str(out)]
@@ -277,7 +278,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed, _ = process.communicate(timeout=120)
     finally:
         process.kill()

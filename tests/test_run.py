@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import signal
 import socket
 import subprocess
+import time
 
 import jax
 import matplotlib.image
@@ -164,6 +166,27 @@ def hosts(*words, count=2, devices=4):
         )
         for i in range(count)
     ]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_host_stops_both_at_one_step(latents, tmp_path):
+    out = tmp_path / "run"
+    more = ("--steps", 100_000, "--log-every", 1, "--sample-every", 100_000, "--out", out)
+    processes = hosts("train", f"latents:{latents}", *SMALL, *more)
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert all(process.poll() is None for process in processes), processes[0].communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert f"equidit train latents:{latents} --out {out} --resume" in printed[0]
+    assert int(saved(out).step) == rows(out)[-1]["step"]
 
 
 @pytest.mark.slow
