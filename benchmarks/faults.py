@@ -258,9 +258,17 @@ def cost(config: str) -> dict[str, float]:
     return figures
 
 
+@jax.jit
+def _random(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+
+
 def measure_save(config: str, folder: Path) -> dict[str, float]:
     """The pause is what `save` takes to return; the first one compiles the fingerprints."""
-    state = training_state(config)
+    # Zero moments and gates, as at the start of training, would compress to nothing.
+    state = jax.tree.map(_random, training_state(config))
     jax.block_until_ready(state)
     pauses, totals = [], []
     with Checkpoints(folder, keep_last=1) as checkpoints:

@@ -3,14 +3,13 @@
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
@@ -19,8 +18,7 @@ from ._common import check_positive
 from ._fingerprint import fingerprints, is_array, named
 from ._record import CheckpointError, Damaged, Record
 from ._storage import locked
-
-Result = TypeVar("Result")
+from ._together import everywhere, together
 
 
 class Restored(NamedTuple):
@@ -83,7 +81,7 @@ class Checkpoints:
         self._held = contextlib.ExitStack()
         _orbax.orbax()
         if not read_only:
-            _together(self._take)
+            together(self._take)
             self._manager = _orbax.open_manager(self.folder, *self._keep)
 
     def _take(self) -> None:
@@ -146,7 +144,7 @@ class Checkpoints:
                     path = path.with_name(path.name + "_")
                 (self.folder / str(step)).rename(path)
         if self._refused:
-            _everywhere(0)
+            everywhere(0)
             self._manager.reload()
             self._refused.clear()
 
@@ -192,7 +190,7 @@ class Checkpoints:
     ) -> Restored:
         """Reads a whole checkpoint: the newest that is undamaged, or that of a step.
 
-        Nothing is initialised; memory holds the state once, and beside it a few chunks of 64 MiB.
+        Nothing is initialised. Memory holds the state once, and up to about 1.5 GB beside it.
 
         **Arguments:**
 
@@ -235,7 +233,7 @@ class Checkpoints:
             remaining = [step] if step in remaining else []
         refused: dict[int, str] = {}
         # The hosts may see different steps, but must go through them alike.
-        while (newest := max(_everywhere(remaining[-1] if remaining else -1))) >= 0:
+        while (newest := max(everywhere(remaining[-1] if remaining else -1))) >= 0:
             try:
                 record, arrays = self._read(newest, wanted, part, config)
             except Damaged as error:
@@ -278,12 +276,16 @@ class Checkpoints:
             with _damage_in("its arrays"):
                 arrays = _orbax.read_arrays(folder, wanted)
             for name, like in wanted.items():
-                if (arrays[name].dtype, arrays[name].shape) != (like.dtype, like.shape):
+                found = arrays.get(name)
+                # What its metadata does not list, orbax leaves as it was asked for.
+                if not isinstance(found, jax.Array):
+                    raise Damaged(f"its array {name} is missing")
+                if (found.dtype, found.shape) != (like.dtype, like.shape):
                     raise Damaged(f"its array {name} has another dtype or shape than was saved")
             return arrays
 
-        record = _together(read_record)
-        arrays = _together(read_arrays)
+        record = together(read_record)
+        arrays = together(read_arrays)
         record.check_fingerprints(fingerprints(arrays))
         return record, [arrays[name] for name in wanted]
 
@@ -372,30 +374,3 @@ def _damage_in(what: str) -> Iterator[None]:
         if lacking or isinstance(error, MemoryError):
             raise
         raise Damaged(f"{what} cannot be read: {_brief(error)}") from error
-
-
-def _everywhere(value: int) -> list[int]:
-    """The value of every process."""
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    return (
-        np.asarray(multihost_utils.process_allgather(np.array([value], np.int32))).ravel().tolist()
-    )
-
-
-def _together(call: Callable[[], Result]) -> Result:
-    """Calls, and raises on all hosts if it raises on any, so that none waits for another."""
-    result, own = None, None
-    try:
-        result = call()
-    except Exception as error:
-        own = error
-    severity = 0 if own is None else 1 if isinstance(own, Damaged) else 2
-    worst = max(_everywhere(severity))
-    if own is not None and severity == worst:
-        raise own
-    if worst:
-        raise (Damaged if worst == 1 else CheckpointError)("another host refuses it")
-    return result  # pyright: ignore[reportReturnType]

@@ -186,6 +186,14 @@ def test_fallback_says_so_and_an_explicit_step_is_refused(tmp_path):
         restore(tmp_path)
 
 
+def test_an_array_that_the_metadata_lost(tmp_path):
+    save(tmp_path, 1, 2)
+    path = tmp_path / "2" / "state" / "_METADATA"
+    path.write_text(path.read_text().replace('"ema"', '"dma"'))
+    found = restore(tmp_path)
+    assert (found.step, found.fell_back) == (1, ["step 2 is not whole: its array ema is missing"])
+
+
 def test_flipped_values_are_seen_by_their_fingerprints(tmp_path, monkeypatch):
     """As if storage had lied: what orbax itself would never notice."""
     save(tmp_path, 1, 2)

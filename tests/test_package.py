@@ -36,6 +36,7 @@ TRAINING = [
     "_fingerprint",
     "_record",
     "_orbax",
+    "_together",
     "_checkpoints",
     "checkpoint",
     "_images",
