@@ -33,7 +33,9 @@ class Folder:
         """`FileExistsError` if a new run may not be put here."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} exists and is no folder: choose another --out")
-        if self.path.is_dir() and any(path != self.lock for path in self.path.iterdir()):
+        # What a run leaves that was killed before it had begun.
+        begun = {self.lock, self.config.with_name("config.json.partial")}
+        if self.path.is_dir() and {*self.path.iterdir()} - begun:
             if not self.config.exists():
                 raise FileExistsError(f"{self.path} holds other things: choose another --out")
             if not overwrite:

@@ -292,6 +292,9 @@ class _Run:
                 stack.enter_context(locked(folder.lock))
                 if overwrite:
                     folder.clear()
+                if not folder.config.exists():
+                    # Before all else: with it a run that is killed from here on can go on.
+                    folder.begin(settings, about, 0)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("the folder is ready")
             self.checkpoints = stack.enter_context(

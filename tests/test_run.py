@@ -1,7 +1,9 @@
 """Runs on pictures and latents, on one host and on two, and what they refuse."""
 
 import json
+import random
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_cli import error_of, run, saved
 
+from benchmarks import kills
 from equidit._folder import Folder
 
 SMALL = shlex.split(
@@ -207,3 +210,26 @@ def test_two_hosts_make_the_same_run_as_one(latents, tmp_path):
         for out in ("one", "two")
     ]
     assert kept[0] == kept[1]
+
+
+def test_a_run_that_was_killed_before_it_had_begun(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "lock").write_text("")
+    (out / "config.json.partial").write_text("{")
+    assert run("train", "digits", "--out", out, *SMALL, "--steps", 2) == 0
+    # And one that was killed before its first checkpoint.
+    for path in (out / "checkpoints").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    assert run("train", "digits", "--out", out, "--resume") == 0
+    assert int(saved(out).step) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_is_the_same_in_the_end(tmp_path):
+    counts = kills.campaign(5, seed=random.randrange(2**32), folder=tmp_path)
+    assert counts["kills"] >= 5
+    assert counts["no checkpoint lost"] == counts["kills"]
+    assert counts["runs equal bit for bit"] >= 1
+    assert not counts.keys() & {"runs that differ", "could not go on", "a checkpoint lost"}
