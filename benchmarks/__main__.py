@@ -8,6 +8,8 @@ from pathlib import Path
 
 PARTS = (
     "flops",
+    "aot",
+    "compare",
     "train_step",
     "sampling",
     "memory",
