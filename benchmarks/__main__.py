@@ -9,6 +9,8 @@ from pathlib import Path
 PARTS = (
     "flops",
     "aot",
+    "throughput",
+    "scaling",
     "compare",
     "train_step",
     "sampling",

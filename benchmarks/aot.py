@@ -76,6 +76,8 @@ def devices_of(topology: str) -> list[Any]:
     # Without these libtpu asks a cloud's metadata server what this machine is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # No device is taken, so that several may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:

@@ -30,7 +30,7 @@ import equidit as edt
 from equidit import diffusion as dfn, pretrained
 
 from .common import RESULTS, config_names, machine, median, writable, write
-from .report import Report, number, write_report
+from .report import Report, write_report
 
 SIDES = ("equidit", "diffusers", "diffusers compiled", "plain", "plain compiled")
 TASKS = ("forward", "train")
@@ -97,17 +97,18 @@ def theirs(folder: Path, name: str, side: str, threads: int) -> tuple[Tasks, dic
 
         weights = load_file(folder / "dit" / "diffusion_pytorch_model.safetensors")
         model: Any = from_diffusers(edt.CONFIGS[name], weights)
-        call: Any = model
     else:
         diffusers: Any = importlib.import_module("diffusers")
         model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "dit")
-
-        def call(x: Any, t: Any, label: Any) -> Any:
-            return model(x, timestep=t, class_labels=label, return_dict=False)[0]
-
     model.eval()  # no label dropout of its own, as on the other sides
-    if side.endswith("compiled"):
-        call = torch.compile(call)
+
+    def call(x: Any, t: Any, label: Any) -> Any:
+        if side.startswith("plain"):
+            return model(x, t, label)
+        return model(x, timestep=t, class_labels=label, return_dict=False)[0]
+
+    run = torch.compile(call) if side.endswith("compiled") else call
+    foreach_lerp: Any = vars(torch)["_foreach_lerp_"]
     kept = torch.tensor(np.cumprod(1 - BETAS), dtype=torch.float32)
     parameters = [p.requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
@@ -115,18 +116,18 @@ def theirs(folder: Path, name: str, side: str, threads: int) -> tuple[Tasks, dic
 
     def forward() -> Any:
         with torch.no_grad():
-            return call(x, t, label)
+            return run(x, t, label)
 
     def train() -> float:
         t, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
         share = kept[t][:, None, None, None]
         noisy = share.sqrt() * x + (1 - share).sqrt() * noise
-        loss = (call(noisy, t, label)[:, : x.shape[1]] - noise).square().mean()
+        loss = (run(noisy, t, label)[:, : x.shape[1]] - noise).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(ema, parameters, 1 - 0.9999)
+            foreach_lerp(ema, parameters, 1 - 0.9999)
         return loss.item()
 
     return {"forward": forward, "train": train}, {"output": forward().numpy()}
@@ -179,13 +180,22 @@ def measure(
     return found, ready
 
 
-def difference(folder: Path, side: str) -> float | None:
+def difference(folder: Path, side: str) -> float:
     """The largest difference from ours in the same arithmetic, over the largest entry."""
-    if side == SIDES[0]:
-        return None
     a = np.load(folder / f"{SIDES[0]}.npz")["official" if side.startswith("plain") else "diffusers"]
     b = np.load(folder / f"{side}.npz")["output"]
     return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def compared(its: list[Any], ours: list[Any]) -> dict[str, Any]:
+    """Medians of both sides and of the ratios of the turns."""
+    row: dict[str, Any] = {"runs": its, "our_runs": ours}
+    for clock in ("wall", "cpu"):
+        row[clock] = median([run[clock] for run in its])
+        row[f"our_{clock}"] = median([run[clock] for run in ours])
+        pairs = zip(its, ours, strict=True)
+        row[f"ratio_{clock}"] = median([a[clock] / b[clock] for a, b in pairs])
+    return row
 
 
 REPORT = Report(
@@ -193,13 +203,11 @@ REPORT = Report(
     columns={
         "config": lambda row: row["config"],
         "task": lambda row: row["task"],
-        "side": lambda row: row["side"],
-        "wall s": lambda row: number(row["wall"], 3),
-        "CPU s": lambda row: number(row["cpu"], 3),
-        "its wall / ours": lambda row: number(row["ratio_wall"]),
-        "its CPU / ours": lambda row: number(row["ratio_cpu"]),
-        "difference": lambda row: None if row["difference"] is None else f"{row['difference']:.1e}",
-        "ready in s": lambda row: number(row["ready_seconds"], 1),
+        "against": lambda row: row["side"],
+        "equidit, wall (CPU)": lambda row: f"{row['our_wall']:.3f} s ({row['our_cpu']:.3f} s)",
+        "it, wall (CPU)": lambda row: f"{row['wall']:.3f} s ({row['cpu']:.3f} s)",
+        "it / equidit, wall (CPU)": lambda row: f"{row['ratio_wall']:.2f} ({row['ratio_cpu']:.2f})",
+        "difference": lambda row: f"{row['difference']:.1e}",
     },
     bar=lambda row: row["ratio_wall"],
     mark=lambda row: row["ratio_cpu"],
@@ -218,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--configs", nargs="+", default=["DiT-S/4", "DiT-S/2", "DiT-B/4"], help="of CONFIGS")
-    add("--sides", nargs="+", choices=SIDES, default=SIDES, help="equidit is always one")
+    add("--sides", nargs="+", choices=SIDES[1:], default=SIDES[1:], help="to compare with")
     add("--batch-size", type=int, default=8)
     add("--threads", type=int, default=2)
     add("--repetitions", type=int, default=7)
@@ -230,13 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work(options)
         return
     names, folder = config_names(options.configs), writable(options.results)
-    sides = [side for side in SIDES if side == SIDES[0] or side in options.sides]
+    sides = [SIDES[0], *options.sides]
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("PyTorch is not installed: pip install torch 'equidit[pretrained]'")
 
     from tqdm import tqdm
 
-    rows = []
+    path = folder / f"compare-{machine()}.json"
+    rows = json.loads(path.read_text())["results"] if path.exists() else []
+    settings = {name: getattr(options, name) for name in ("batch_size", "threads", "repetitions")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
     with tqdm(total=len(names) * (len(sides) + options.repetitions), disable=None) as bar:
         for name in names:
             with tempfile.TemporaryDirectory() as temporary:
@@ -245,22 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found, ready = measure(
                     inputs, name, sides, options.threads, options.repetitions, bar
                 )
-                apart = {side: difference(inputs, side) for side in sides}
-            for task, side in ((task, side) for task in TASKS for side in sides):
-                runs = {s: found[task][s] for s in (side, SIDES[0])}
-                row = {"config": name, "task": task, "side": side, "runs": runs[side]}
-                for clock in ("wall", "cpu"):
-                    row[clock] = median([run[clock] for run in runs[side]])
-                    pairs = zip(runs[side], runs[SIDES[0]], strict=True)
-                    row[f"ratio_{clock}"] = median([a[clock] / b[clock] for a, b in pairs])
-                rows.append(row | {"difference": apart[side], "ready_seconds": ready[side]})
-    settings = {name: getattr(options, name) for name in ("batch_size", "threads", "repetitions")}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
-    path = write(
-        f"compare-{machine()}",
-        settings | {"others": versions, "dtype": "float32", "shape": [4, 32, 32], "results": rows},
-        folder,
-    )
+                apart = {side: difference(inputs, side) for side in options.sides}
+            for task, side in ((task, side) for task in TASKS for side in options.sides):
+                row = {"config": name, "task": task, "side": side} | settings
+                row |= compared(found[task][side], found[task][SIDES[0]])
+                row |= {"difference": apart[side], "ready_seconds": ready[side]}
+                same = [row[key] for key in ("config", "task", "side")]
+                rows = [r for r in rows if [r["config"], r["task"], r["side"]] != same] + [row]
+            rows.sort(key=lambda row: (row["config"], row["task"], row["side"]))
+            path = write(
+                path.stem,
+                {"others": versions, "dtype": "float32", "shape": [4, 32, 32], "results": rows},
+                folder,
+            )
     print(write_report(REPORT, folder))
     print(path)
 

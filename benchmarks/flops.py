@@ -7,7 +7,6 @@ sample of 250 steps, each of two evaluations for guidance. No weight is allocate
 
 import argparse
 import dataclasses
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,10 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    cases = list(itertools.product(options.resolutions, options.blocks, names))
     rows = [
         cost(name, block, resolution, options.steps)
-        for resolution, block, name in tqdm(cases, disable=None)
+        for resolution in tqdm(options.resolutions, disable=None)
+        for block in options.blocks
+        for name in names
     ]
     path = write(
         "flops",

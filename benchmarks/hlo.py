@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -135,13 +136,14 @@ class Program:
             raise ValueError(f"how often the loop {loop.name} runs is not in its condition")
         return constants[0]
 
-    def walk(self, name: str | None = None, times: int = 1, *, once: bool = False) -> Iterator:
+    def walk(self, name: str = "", times: int = 1, *, once: bool = False) -> Iterator[Any]:
         """`(computation, instruction, times)` of all that runs outside of fusions."""
         name = name or self.entry
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
                 trips = 1 if once else self.trips(instruction)
-                yield from self.walk(instruction.called("body"), times * trips, once=once)
+                body = instruction.called("body") or ""
+                yield from self.walk(body, times * trips, once=once)
             elif instruction.opcode in ("call", "async-start") and (
                 called := instruction.called("to_apply") or instruction.called("calls")
             ):
