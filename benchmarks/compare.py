@@ -4,8 +4,9 @@ Against diffusers' DiTTransformer2DModel, and the paper's arithmetic in plain Py
 (plain_torch.py), each eager and under torch.compile. All have the same weights, float32, batch,
 output channels and loss (the noise's mean squared error at random steps), Adam and the EMA, and as
 many threads. Each has a process of its own, and all take turns, so that noise of the machine falls
-on all alike. CPU time is given beside wall time: on a busy machine threads that wait for one
-another lose more of the latter than the work itself costs. Ratios are medians over the turns.
+on all alike. CPU time is given beside wall time. On a busy machine PyTorch's threads lose much of
+both in waiting for one another: there only `--threads 1` compares the work itself. Ratios are
+medians over the turns.
 """
 
 import argparse
@@ -198,11 +199,17 @@ def compared(its: list[Any], ours: list[Any]) -> dict[str, Any]:
     return row
 
 
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a new measurement replaces an old one of."""
+    return tuple(row[key] for key in ("threads", "config", "task", "side"))
+
+
 REPORT = Report(
     part="compare",
     columns={
         "config": lambda row: row["config"],
         "task": lambda row: row["task"],
+        "threads": lambda row: str(row["threads"]),
         "against": lambda row: row["side"],
         "equidit, wall (CPU)": lambda row: f"{row['our_wall']:.3f} s ({row['our_cpu']:.3f} s)",
         "it, wall (CPU)": lambda row: f"{row['wall']:.3f} s ({row['cpu']:.3f} s)",
@@ -212,7 +219,7 @@ REPORT = Report(
     bar=lambda row: row["ratio_wall"],
     mark=lambda row: row["ratio_cpu"],
     mark_label="in CPU time",
-    label=lambda row: f"{row['config']} {row['task']} {row['side']}",
+    label=lambda row: f"{row['config']} {row['task']} {row['side']} {row['threads']} threads",
     unit="its wall time / equidit's (above 1: equidit is faster)",
 )
 
@@ -261,9 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row = {"config": name, "task": task, "side": side} | settings
                 row |= compared(found[task][side], found[task][SIDES[0]])
                 row |= {"difference": apart[side], "ready_seconds": ready[side]}
-                same = [row[key] for key in ("config", "task", "side")]
-                rows = [r for r in rows if [r["config"], r["task"], r["side"]] != same] + [row]
-            rows.sort(key=lambda row: (row["config"], row["task"], row["side"]))
+                rows = [old for old in rows if case_of(old) != case_of(row)] + [row]
+            rows.sort(key=case_of)
             path = write(
                 path.stem,
                 {"others": versions, "dtype": "float32", "shape": [4, 32, 32], "results": rows},

@@ -37,10 +37,14 @@ MATMUL_SIZE = 2048
 MAX_BATCH_SIZE = {"cpu": 8}
 
 
-def network_of(name: str, remat: str = "none") -> Any:
-    """The network, initialised as the paper does, in one program."""
-    policy = None if remat == "none" else remat
-    return eqx.filter_jit(lambda key: edt.build(name, key=key, remat=policy))(jax.random.key(0))
+def network_of(name: str, remat: str = "none", *, quick: bool = False) -> Any:
+    """The network, initialised as the paper does; if `quick`, with equal weights."""
+    build = partial(
+        edt.build, name, key=jax.random.key(0), remat=None if remat == "none" else remat
+    )
+    if not quick:
+        return eqx.filter_jit(build)()
+    return jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), eqx.filter_eval_shape(build))
 
 
 def inputs(batch_size: int, side: int) -> tuple[Any, Any]:
@@ -162,7 +166,7 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
             programs = ["forward"]
         for program, dtype in itertools.product(programs, options.dtypes):
             for remat in options.remat if program == "train" else ["none"]:
-                network = network_of(name, remat)
+                network = network_of(name, remat, quick=options.quick)
                 for batch_size in sizes(options, device.platform):
                     bar.set_postfix_str(f"{name} {program} {dtype} {remat} {batch_size}")
                     try:
