@@ -9,6 +9,7 @@ memory is what the compiler reserves. A batch that does not fit is recorded, and
 
 import argparse
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +215,12 @@ def rates(
     }
 
 
+def case_of(row: Row) -> tuple[Any, ...]:
+    """What a new measurement replaces an old one of."""
+    keys = ("config", "program", "dtype", "remat", "resolution", "batch_size", "steps")
+    return tuple(row[key] for key in keys)
+
+
 REPORT = Report(
     part="throughput",
     columns={
@@ -239,7 +246,7 @@ REPORT = Report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints the table and writes the JSON after every case."""
+    """Measures, prints the table and writes the JSON after every case, beside those of before."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput",
         description=__doc__,
@@ -268,10 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     name = f"throughput-{'quick-' if options.quick else ''}{machine()}"
-    rows, path = [], folder / f"{name}.json"
+    path = folder / f"{name}.json"
+    rows = json.loads(path.read_text())["results"] if path.exists() else []
     with tqdm(disable=None) as bar:
         for row in run(options, names, bar):
-            rows.append(row)
+            rows = [old for old in rows if case_of(old) != case_of(row)] + [row]
             path = write(name, {"conventions": __doc__, "results": rows}, folder)
     print(write_report(REPORT, folder))
     print(path)

@@ -77,7 +77,9 @@ def test_bad_input(tmp_path):
 
 
 def compiled(function, *args):
-    return hlo.Program(jax.jit(function).lower(*args).compile().as_text())
+    text = jax.jit(function).lower(*args).compile().as_text()
+    assert text is not None
+    return hlo.Program(text)
 
 
 def on_all(function, out):
