@@ -5,15 +5,18 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+import equidit as edt
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("equidit", "jax", "jaxlib", "equinox", "optax", "numpy")
@@ -71,9 +74,42 @@ def median(seconds: list[float]) -> float:
     return statistics.median(seconds)
 
 
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Writes `results` beside the environment to `results/name.json`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def machine() -> str:
+    """The machine's name in file names: device kind (processor, for a CPU) and count of devices."""
+    found = environment()
+    device, processor = found["device"], found["machine"]
+    name = device["kind"]
+    if device["platform"] == "cpu":
+        name = f"{processor['processor']} {processor['cores']} cores"
+    if device["count"] > 1:
+        name += f" x{device['count']}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def config_names(names: Iterable[str]) -> list[str]:
+    """`names` if all are in CONFIGS, else an end that lists those that are."""
+    names = list(names)
+    if unknown := [name for name in names if name not in edt.CONFIGS]:
+        raise SystemExit(f"config {unknown[0]!r} is unknown: choose from {', '.join(edt.CONFIGS)}")
+    return names
+
+
+def writable(folder: Path = RESULTS) -> Path:
+    """`folder`, made if need be; an end if nothing can be written there, before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(
+            f"results cannot be written to {folder} ({error.strerror}): pass --results FOLDER"
+        ) from error
+    return folder
+
+
+def write(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `results` beside the environment to `folder/name.json`."""
+    path = writable(folder) / f"{name}.json"
     path.write_text(json.dumps(environment() | results, indent=2) + "\n")
     return path
