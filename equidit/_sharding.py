@@ -93,7 +93,12 @@ def specs(tree: PyTree, mesh: Mesh, *, divide: bool, layers: int = 0) -> PyTree:
 
 
 def assemble(
-    params: PyTree, static: PyTree, layout: PyTree | None, dtype: DTypeLike | None
+    params: PyTree,
+    static: PyTree,
+    layout: PyTree | None,
+    dtype: DTypeLike | None,
+    *,
+    ordered: bool,
 ) -> PyTree:
     """The network of a device's arrays, to compute with: in `dtype`, its arrays whole.
 
@@ -108,18 +113,21 @@ def assemble(
             return other
         low = param.dtype if dtype is None else dtype
         axis = _axis(spec)
-        return param.astype(low) if axis is None else Part(param, axis, low)
+        return param.astype(low) if axis is None else Part(param, axis, low, ordered)
 
     return whole(jax.tree.map(leaf, params, static, layout, is_leaf=lambda node: node is None))
 
 
-def over_devices(gradient: Callable[..., Any], mesh: Mesh, sharding: str) -> Callable[..., Any]:
+def over_devices(
+    gradient: Callable[..., Any], mesh: Mesh, sharding: str, *, ordered: bool
+) -> Callable[..., Any]:
     """The gradient of the mean loss over a batch that the devices share.
 
     **Arguments:**
 
     - `gradient`: called on each device as `gradient(params, static, batch, layout)` with its share
         of the batch, returns its losses and its gradient of their mean.
+    - `ordered`: whether to sum in the order of the mesh.
 
     **Returns:**
 
@@ -137,7 +145,10 @@ def over_devices(gradient: Callable[..., Any], mesh: Mesh, sharding: str) -> Cal
             if _axis(own) is not None:  # a part's gradient is summed already
                 return grad / count
             axis = _axis(result)
-            total = sum_all(grad) if axis is None else sum_scatter(grad, axis)
+            if axis is None:
+                total = sum_all(grad, ordered=ordered)
+            else:
+                total = sum_scatter(grad, axis, ordered=ordered)
             return total.astype(grad.dtype) / count
 
         def on_device(params: PyTree, arrays: PyTree, batch: PyTree) -> tuple[Array, PyTree]:

@@ -118,6 +118,7 @@ def make_train_step(
     sharding: str = "replicated",
     accumulate: int = 1,
     max_grad_norm: Number | None = None,
+    ordered_sums: bool | None = None,
 ) -> Callable[[TrainState, PyTree, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]:
     """The compiled training step `step(state, batch, key) -> (state, metrics)`.
 
@@ -140,6 +141,10 @@ def make_train_step(
         after the other, to save memory. Their gradients are averaged.
     - `max_grad_norm`: the gradient is scaled down to this norm, over all parameters, if it is
         above. `None` leaves it as it is.
+    - `ordered_sums`: whether gradients are summed in the mesh's order, so that equal meshes give
+        equal bits whether on one host or on several. `None` is: on CPUs, whose own sums depend on
+        the processes. On TPUs the order is part of the compiled program, and asking for it costs
+        much.
 
     **Returns:**
 
@@ -154,8 +159,7 @@ def make_train_step(
 
     Every example has a key of its own, made from the run's key, the step, and its place in the
     batch. So `mesh`, `sharding` and `accumulate` change nothing but the rounding of what is
-    computed. Sums over devices are in the mesh's order: equal meshes give equal bits, whether on
-    one host or on several.
+    computed.
     """
     check_positive(accumulate=accumulate)
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -165,11 +169,14 @@ def make_train_step(
     elif sharding != "replicated":
         raise ValueError(f"sharding={sharding!r} needs a mesh: one device holds all of the state")
     devices = 1 if mesh is None else mesh.shape["data"]
+    ordered = ordered_sums
+    if ordered is None:
+        ordered = mesh is not None and mesh.devices.flat[0].platform == "cpu"
 
     def mean_loss(
         params: PyTree, static: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
     ) -> tuple[Array, Array]:
-        network = assemble(params, static, layout, dtype)
+        network = assemble(params, static, layout, dtype, ordered=ordered)
         losses = jax.vmap(lambda example, key: loss(network, example, key))(batch, keys)
         if not eqx.is_array(losses) or losses.shape != keys.shape:
             shapes = jax.tree.map(lambda leaf: leaf.shape[1:], losses)
@@ -201,7 +208,9 @@ def make_train_step(
         grads = jax.tree.map(lambda grad: grad / accumulate, grads)
         return jnp.concatenate([losses, more.ravel()]), grads
 
-    whole_gradient = gradient if mesh is None else over_devices(gradient, mesh, sharding)
+    whole_gradient = (
+        gradient if mesh is None else over_devices(gradient, mesh, sharding, ordered=ordered)
+    )
 
     # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
     def update(

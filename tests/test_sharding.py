@@ -35,6 +35,7 @@ def reference():
         ("fsdp", {"remat": "dots"}),
         pytest.param("fsdp", {"remat": "full"}, marks=pytest.mark.slow),
         ("fsdp", {"accumulate": 2}),
+        *((mode, {"ordered_sums": False}) for mode in MODES),
         pytest.param("zero1", {"accumulate": 2}, marks=pytest.mark.slow),
         pytest.param("zero1", {"remat": "dots"}, marks=pytest.mark.slow),
     ],
