@@ -1,6 +1,8 @@
 """Many samples into the file that ADM's evaluator reads."""
 
+import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def write_npz(
         whatever way, the same call goes on, and gives the same bytes.
     - `batch_size`: images at a time on a device.
     - `record`: what the images depend on, beside `batch_size` and the labels, as JSON; a call with
-        another one is refused.
+        another one is refused. If the file is there and was made with the same, nothing is done.
     """
     check_positive(batch_size=batch_size, count=len(labels))
     channels, height, width = jax.eval_shape(
@@ -43,7 +45,11 @@ def write_npz(
     arrays = {"arr_0": ((len(labels), height, width, channels), np.uint8)}
     groups = -(-len(labels) // batch_size)
     work = Partial(path)
-    with work.open(record | {"batch_size": batch_size}, arrays, groups, overwrite=overwrite):
+    settings = record | {"batch_size": batch_size}
+    if not overwrite and _made_with(path) == _mark(settings):
+        work.finish_file()
+        return
+    with work.open(settings, arrays, groups, overwrite=overwrite):
         todo = work.remaining()
         parts = [group_of(labels, group, batch_size) for group in todo]
         done = len(labels) - sum(int((index < len(labels)).sum()) for _, index in parts)
@@ -53,7 +59,7 @@ def write_npz(
                 drawn = to_bytes(drawn[index < len(labels)])
                 work.write(group, arr_0=drawn)
                 bar.update(len(drawn))
-        _wrap(work.array_path("arr_0"), path)
+        _wrap(work.array_path("arr_0"), path, _mark(settings))
         work.finish_file()
 
 
@@ -73,8 +79,22 @@ def to_bytes(
     return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _wrap(array: Path, path: Path) -> None:
+def _mark(settings: dict[str, Any]) -> bytes:
+    """What tells a file that was made with these settings from others."""
+    return b"equidit %08x" % zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+
+
+def _made_with(path: Path) -> bytes | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment
+    except (OSError, zipfile.BadZipFile):
+        return None
+
+
+def _wrap(array: Path, path: Path, mark: bytes) -> None:
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.comment = mark
         # Of a fixed date: the same array, the same bytes.
         info = zipfile.ZipInfo(array.name)
         with array.open("rb") as source, archive.open(info, "w", force_zip64=True) as member:

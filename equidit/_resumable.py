@@ -26,6 +26,7 @@ class Partial:
 
     _settings = property(lambda self: self.folder / "settings.json")
     _done = property(lambda self: self.folder / "done")
+    _finished = property(lambda self: self.result.with_name(self.result.name + ".finished"))
     _lock = property(lambda self: self.folder / "lock")
 
     def array_path(self, name: str) -> Path:
@@ -125,7 +126,11 @@ class Partial:
 
     def finish_file(self) -> None:
         """Deletes the folder, once the result is a file in its place."""
-        shutil.rmtree(self.folder)
+        # Renamed first: half of the folder would look like unfinished work.
+        if self.folder.exists():
+            self.folder.rename(self._finished)
+        if self._finished.exists():
+            shutil.rmtree(self._finished)
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
