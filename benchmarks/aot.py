@@ -2,7 +2,7 @@
 
 The training step or the guided sampler is compiled by the TPU's own compiler (libtpu) for devices
 that need not be there. Exact are the memory that it needs and what the devices exchange. The
-time of a step is an ESTIMATE, a bound from below by the chip's peak rates (see chips.py):
+time of a step is an ESTIMATE, a bound from below by the chip's peak rates (see equidit/devices.py):
 
     max(FLOPs / peak rate, bytes moved / memory bandwidth) + exchanged bytes / link rate
 
@@ -34,8 +34,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import equidit as edt
 from equidit import diffusion as dfn
+from equidit.devices import CHIPS, Chip, chip_of
 
-from .chips import CHIPS, Chip, chip_of
 from .common import RESULTS, config_names, environment, writable, write
 from .hlo import Collective, Program, total
 from .memory import placed

@@ -2,7 +2,7 @@
 
 On one device. FLOPs are those of the model's matrix products, two a multiply-add: a forward pass,
 three for a training step (what remat computes again does not count), two for every step of a guided
-sample. Their share of the device's peak bfloat16 rate (chips.py) is the MFU, for float32 too; on a
+sample. Their share of the device's peak bfloat16 rate is the MFU, for float32 too; on a
 CPU the peak is the best rate of a float32 matrix product, measured in turns with the case. Peak
 memory is what the compiler reserves. A batch that does not fit is recorded, and ends its sweep.
 """
@@ -24,8 +24,8 @@ import optax
 
 import equidit as edt
 from equidit import diffusion as dfn
+from equidit.devices import CHIPS, chip_of
 
-from .chips import CHIPS, chip_of
 from .common import RESULTS, config_names, machine, median, writable, write
 from .report import Report, Row, gib, number, write_report
 from .train_step import matmul

@@ -46,11 +46,12 @@ class Folder:
 
     def clear(self) -> None:
         """Deletes the run that is there."""
-        for file in (self.config, self.metrics, self.samples, self.loss, self.report):
-            file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.events, self.profile):
             if folder.exists():
                 shutil.rmtree(folder)
+        # The config last: killed before, the folder is still seen to hold a run.
+        for file in (self.metrics, self.samples, self.loss, self.report, self.config):
+            file.unlink(missing_ok=True)
 
     def begin(self, settings: Settings, about: About, step: int) -> None:
         """Makes the folder ready for training from `step` on."""

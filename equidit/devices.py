@@ -1,33 +1,123 @@
-"""What devices can do at best: the measure of model FLOPs utilisation."""
+"""What accelerators can do by their makers' word: compute, memory, links; each with its source.
 
-import re
+Rates are peaks, which no program reaches. Matrix rates are dense, of bfloat16 with sums in float32.
+"""
+
+import dataclasses
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 matrix products a second, by a part of JAX's name of the device. TPUs: the "System
-# architecture" pages of cloud.google.com/tpu/docs, a chip; v2, v3 and v7x have two devices a chip.
-# GPUs: the data sheets of nvidia.com, without sparsity.
-PEAK_FLOPS = {
-    "TPU v2": 23e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
+_GIB = 2**30
+_CLOUD = "https://docs.cloud.google.com/tpu/docs"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
+_NORRIE = "Norrie et al., The Design Process for Google's Training Chips, IEEE Micro 41(2), 2021"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, of which JAX makes one device or several.
+
+    **Fields:**
+
+    - `kinds`: JAX's `device_kind`, as it begins.
+    - `devices`: JAX's devices a chip. All else is of the whole chip.
+    - `flops`: bfloat16 FLOP/s. `memory`: bytes. `bandwidth`: of the memory, bytes/s.
+    - `link`: bytes/s of one link in one direction; `links` is how many a chip has. For GPUs NVLink
+        as one link to a switch, 0 where there is none.
+    - `source`: where the figures are from.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    devices: int
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    links: int
+    source: str
+
+
+# A pod's "all-reduce bandwidth" in Google's tables is that of all links of all chips in one
+# direction: links are that, over the chips and a chip's links.
+CHIPS = (
+    Chip("TPU v2", ("TPU v2",), 2, 46e12, 16 * _GIB, 700e9, 62e9, 4, _NORRIE),
+    Chip("TPU v3", ("TPU v3",), 2, 123e12, 32 * _GIB, 900e9, 82e9, 4, f"{_CLOUD}/v3; {_NORRIE}"),
+    Chip("TPU v4", ("TPU v4",), 1, 275e12, 32 * _GIB, 1200e9, 45e9, 6, f"{_CLOUD}/v4"),
+    Chip(
+        "TPU v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        1,
+        197e12,
+        16 * 10**9,
+        819e9,
+        50e9,
+        4,
+        f"{_CLOUD}/v5e",
+    ),
+    Chip(
+        "TPU v5p", ("TPU v5p", "TPU v5"), 1, 459e12, 95 * 10**9, 2765e9, 100e9, 6, f"{_CLOUD}/v5p"
+    ),
+    Chip(
+        "TPU v6e",
+        ("TPU v6 lite", "TPU v6e"),
+        1,
+        918e12,
+        32 * 10**9,
+        1638e9,
+        100e9,
+        4,
+        f"{_CLOUD}/v6e",
+    ),
+    Chip(
+        "TPU7x",
+        ("TPU7x", "TPU v7x", "TPU v7"),
+        2,
+        2307e12,
+        192 * _GIB,
+        7380e9,
+        100e9,
+        6,
+        f"{_CLOUD}/tpu7x",
+    ),
+    Chip(
+        "A100 40GB",
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+        1,
+        312e12,
+        40 * 10**9,
+        1555e9,
+        300e9,
+        1,
+        f"{_NVIDIA}/a100",
+    ),
+    Chip("A100 80GB", ("NVIDIA A100",), 1, 312e12, 80 * 10**9, 2039e9, 300e9, 1, f"{_NVIDIA}/a100"),
+    Chip(
+        "H100 PCIe", ("NVIDIA H100 PCIe",), 1, 756e12, 80 * 10**9, 2000e9, 0.0, 1, f"{_NVIDIA}/h100"
+    ),
+    Chip("H100 SXM", ("NVIDIA H100",), 1, 989e12, 80 * 10**9, 3350e9, 450e9, 1, f"{_NVIDIA}/h100"),
+    Chip("H200", ("NVIDIA H200",), 1, 989e12, 141 * 10**9, 4800e9, 450e9, 1, f"{_NVIDIA}/h200"),
+    Chip(
+        "B200", ("NVIDIA B200",), 1, 2250e12, 180 * 10**9, 8000e9, 900e9, 1, f"{_NVIDIA}/dgx-b200"
+    ),
+    Chip("L4", ("NVIDIA L4",), 1, 121e12, 24 * 10**9, 300e9, 0.0, 1, f"{_NVIDIA}/l4"),
+    Chip("L40S", ("NVIDIA L40S",), 1, 362e12, 48 * 10**9, 864e9, 0.0, 1, f"{_NVIDIA}/l40s"),
+)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a device of that `device_kind`, by its longest beginning; `None` if unknown."""
+    found = [(len(k), chip) for chip in CHIPS for k in chip.kinds if _begins(kind, k)]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _begins(kind: str, known: str) -> bool:
+    """As words, so that an L4 is no L40S."""
+    kind, known = kind.lower(), known.lower()
+    return kind == known or (kind.startswith(known) and not kind[len(known)].isalnum())
 
 
 def peak_flops(device: Any = None) -> float | None:
@@ -39,9 +129,8 @@ def peak_flops(device: Any = None) -> float | None:
     device = device or jax.devices()[0]
     if device.platform == "cpu":
         return _matmul_flops() / jax.local_device_count()
-    kind = device.device_kind
-    names = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", kind, re.IGNORECASE)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
+    chip = chip_of(device.device_kind)
+    return None if chip is None else chip.flops / chip.devices
 
 
 def _matmul_flops(size: int = 1024, repeats: int = 5) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -164,3 +165,10 @@ COMMAND = [
 def with_devices(count: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
     return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -13,7 +13,6 @@ import equidit as edt
 from benchmarks import (
     __main__ as suite,
     aot,
-    chips,
     common,
     flops,
     hlo,
@@ -21,6 +20,7 @@ from benchmarks import (
     scaling,
     throughput,
 )
+from equidit import devices
 
 
 def test_every_part_is_listed_with_its_question(capsys):
@@ -166,14 +166,14 @@ def test_the_size_of_a_layout():
 
 
 def test_chips_are_sane():
-    for chip in chips.CHIPS:
+    for chip in devices.CHIPS:
         assert 4e13 < chip.flops < 1e16
         assert 2**33 < chip.memory < 2**39
         assert 1e11 < chip.bandwidth < 1e13
         assert chip.link < chip.bandwidth
         assert chip.devices in (1, 2)
         assert chip.source
-        assert all(chips.chip_of(kind) is chip for kind in chip.kinds)
+        assert all(devices.chip_of(kind) is chip for kind in chip.kinds)
     names = {
         "TPU v3": "TPU v3",
         "TPU v5 lite": "TPU v5e",
@@ -186,13 +186,13 @@ def test_chips_are_sane():
         "NVIDIA L40S": "L40S",
         "NVIDIA L4": "L4",
     }
-    assert {kind: getattr(chips.chip_of(kind), "name", None) for kind in names} == names
+    assert {kind: getattr(devices.chip_of(kind), "name", None) for kind in names} == names
     for kind in ("cpu", "TPU v30", "NVIDIA L400", "NVIDIA GeForce RTX 9090"):
-        assert chips.chip_of(kind) is None
+        assert devices.chip_of(kind) is None
 
 
 def test_the_time_of_links():
-    v3 = chips.chip_of("TPU v3")
+    v3 = devices.chip_of("TPU v3")
     assert v3 is not None
     reduce, gather, exchange = (
         [hlo.Collective(kind, 10**9, 256, 1)] for kind in ("all-reduce", "all-gather", "all-to-all")

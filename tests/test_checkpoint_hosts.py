@@ -1,12 +1,12 @@
 """Checkpoints between two processes with four devices each, and one."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+from helpers import free_port
 
 from benchmarks import faults
 from equidit.checkpoint import Checkpoints
@@ -81,12 +81,6 @@ with Checkpoints(folder, keep_last=2) as checkpoints:
     assert found.state["ema"].is_fully_replicated and not found.state["ema"].is_fully_addressable
 print("done", index)
 """
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_processes_and_back(tmp_path):

@@ -1,4 +1,3 @@
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +6,7 @@ import hosts_worker
 import jax
 import numpy as np
 import pytest
+from helpers import free_port
 from jax.sharding import AxisType
 
 import equidit as edt
@@ -16,9 +16,7 @@ MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 def two_processes(folder, sharding):
     """What process 0 of two, with four devices each, ends with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = [str(Path(edt.__file__).parents[1]), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {path}; import hosts_worker; hosts_worker.main()"
     workers = [

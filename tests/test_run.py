@@ -5,7 +5,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -13,7 +12,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import COMMAND, published, tree_allclose, with_devices
+from helpers import COMMAND, free_port, published, tree_allclose, with_devices
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_cli import error_of, run, saved
@@ -145,15 +144,9 @@ def test_other_data_are_refused_when_a_run_goes_on(latents, folder, tmp_path, ca
     assert "label 2" in error_of(capsys, "sample", out, "--labels", "2", "--vae", folder / "vae")
 
 
-def _port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def hosts(*words, count=2, devices=4):
     """Starts so many processes that train together."""
-    port = _port()
+    port = free_port()
     return [
         subprocess.Popen(
             [
