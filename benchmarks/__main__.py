@@ -24,6 +24,7 @@ PARTS = (
     "goodput",
     "faults",
     "kills",
+    "incidents",
 )
 FOLDER = Path(__file__).parent
 

@@ -234,7 +234,9 @@ def train(
         )
     run = _Run(settings, folder, task)
     if not resume:
+        # What is wrong is said before a file is written.
         run.check()
+        _Trace(folder, profile, 0, settings.steps)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every process has checked the folder")
     with run.opened(overwrite=overwrite) as state:
@@ -339,16 +341,25 @@ class _Run:
             batch_size=settings.batch_size,
             main=hosts.is_main(),
         )
-        with Interrupts() as interrupts, log, self.stream(start) as stream:
+        trace = _Trace(folder, profile, start, settings.steps)
+        with Interrupts() as interrupts, log, self.stream(start) as stream, trace:
             for done in range(start + 1, settings.steps + 1):
                 begun = time.perf_counter()
-                batch, damaged = next(stream)
+                try:
+                    batch, damaged = next(stream)
+                except (OSError, ValueError):
+                    # What is computed so far is good. Of several hosts one alone cannot save.
+                    unsaved = start < done - 1 and (done - 1) % settings.sample_every
+                    if unsaved and jax.process_count() == 1:
+                        self._save(done - 1, state, log, last=True)
+                    raise
                 log.step(time.perf_counter() - begun)
                 corrupt += damaged
                 if self.mesh is not None:
                     batch = hosts.global_batch(batch, self.mesh)
-                _trace(folder, profile, done)
+                trace.before(done)
                 state, metrics = self.step(state, batch, key)
+                trace.after(done, metrics)
                 if done == start + 1:
                     # The step is compiled by now, which the rates leave out.
                     jax.block_until_ready(metrics)
@@ -361,7 +372,8 @@ class _Run:
                     row = {name: float(metrics[name]) for name in names}
                     row |= log.rates(flops) | {"skipped": guard.count(), "corrupt": corrupt}
                     corrupt = 0
-                    log.write(done, row)
+                    with self._saving():
+                        log.write(done, row)
                     log.show(row)
                 if guard.in_a_row >= settings.max_skipped:
                     raise ArithmeticError(self._not_finite(done, metrics))
@@ -370,7 +382,8 @@ class _Run:
                     log.restart()
                 if stop:
                     break
-        self.checkpoints.wait()
+        with self._saving():
+            self.checkpoints.wait()
         finished = int(state.step) == settings.steps
         if finished:
             self._report(state)
@@ -379,17 +392,29 @@ class _Run:
     def _save(self, done: int, state: TrainState, log: Log, *, last: bool) -> None:
         """A validation, a checkpoint, and pictures."""
         settings, folder = self.settings, self.folder
-        log.write(done, validation(settings, state, self.task.held_out, self.mesh))
-        try:
+        row = validation(settings, state, self.task.held_out, self.mesh)
+        with self._saving():
+            log.write(done, row)
+        # That an earlier save failed does not keep this one from being tried.
+        with self._saving():
+            self.checkpoints.wait()
+        with self._saving():
             self.checkpoints.save(done, state, data={"step": done}, config=self.identity())
+        with self._saving():
+            if hosts.is_main():
+                _report.loss_curve(folder.loss, folder.rows())
+            if not last:
+                self._picture(state)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """What becomes of a save that fails is a setting's to say."""
+        try:
+            yield
         except (OSError, ValueError) as error:
-            if settings.save_errors == "stop":
+            if self.settings.save_errors == "stop":
                 raise
-            tell(f"step {done} was not saved: {error}")
-        if hosts.is_main():
-            _report.loss_curve(folder.loss, folder.rows())
-        if not last:
-            self._picture(state)
+            tell(str(error))
 
     def _picture(self, state: TrainState, columns: int = 10) -> None:
         """Samples of the first ten classes, a row each."""
@@ -498,12 +523,36 @@ def tell(message: str) -> None:
         tqdm.write(f"equidit: {message}", file=sys.stderr)
 
 
-def _trace(folder: Folder, profile: int | None, step: int) -> None:
-    """Traces five steps from `profile` on."""
-    if profile is not None and step == profile:
-        jax.profiler.start_trace(folder.profile)
-    if profile is not None and step == profile + 5:
-        jax.profiler.stop_trace()
+class _Trace:
+    """Traces `TRACED` steps from `first` on, or as many as there are, for TensorBoard to show."""
+
+    TRACED = 5
+
+    def __init__(self, folder: Folder, first: int | None, start: int, steps: int):
+        if first is not None and not start < first <= steps:
+            raise ValueError(
+                f"profile={first} is not among the steps to do, {start + 1} to {steps}"
+            )
+        self.folder, self.first, self.running = folder, first, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def before(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(self.folder.profile)
+            self.running = True
+
+    def after(self, step: int, metrics: PyTree) -> None:
+        if self.running and step == (self.first or 0) + self.TRACED - 1:
+            # The device is behind the host.
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
 
 
 def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:

@@ -77,6 +77,9 @@ class Train(Settings):
     """With --coordinator: how many processes there are."""
     process_id: int | None = None
     """With --coordinator: this one's number, from 0."""
+    heartbeat: int = 100
+    """Of several processes: seconds without a sign of life after which one counts as dead, and the
+    others end."""
 
     @property
     def folder(self) -> Folder:
@@ -220,7 +223,20 @@ def _train(command: Train, given: set[str]) -> int:
     if command.resume and command.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if command.distributed or command.coordinator is not None:
-        hosts.initialize(command.coordinator, command.num_processes, command.process_id)
+        hosts.initialize(
+            command.coordinator,
+            command.num_processes,
+            command.process_id,
+            heartbeat=command.heartbeat,
+        )
+        # JAX ends a process from outside of Python: nothing can be said then.
+        print(
+            f"equidit: process {jax.process_index()} of {jax.process_count()}. If another dies, "
+            f"this one ends within {command.heartbeat} s, and JAX says that another task died: the "
+            "same command with --resume goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     folder = command.folder
     finished = _run.train(
         command,

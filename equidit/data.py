@@ -224,7 +224,8 @@ def batches(
     **Raises:**
 
     `ValueError` if the processes do not divide the batch, or the source is empty; and from the
-    iterator [`equidit.data.ImageError`][], which names the file and the index.
+    iterator [`equidit.data.ImageError`][], which names the file and the index, and
+    `ChildProcessError` if a worker died.
     """
     number, count = process
     check_positive(batch_size=batch_size, examples=len(source.label))
@@ -247,9 +248,22 @@ def batches(
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
     iterator = iter(stream)
     try:
-        yield iterator
+        yield _watched(iterator) if workers else iterator
     finally:
         iterator.close()
+
+
+def _watched(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The same, but the death of a worker is an error of its own."""
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a process that reads data has died ({str(error).splitlines()[0]}): if memory is "
+            "short, go on with fewer workers, or with workers=0, which reads in threads"
+        ) from error
 
 
 def check_labels(label: Integer[np.ndarray, "*_"], num_classes: int) -> None:

@@ -4,11 +4,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from ._common import check_positive
+
 
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    heartbeat: int = 100,
 ) -> None:
     """Connects this process with the others, before anything else is done with JAX.
 
@@ -20,18 +24,23 @@ def initialize(
     - `coordinator`: `"host:port"` of process 0.
     - `num_processes`: number of processes.
     - `process_id`: this one's, from 0.
+    - `heartbeat`: after so many seconds without a sign of life a process counts as dead, and JAX
+        ends all others, saying that another task died.
 
     **Raises:**
 
     `ValueError` if only some are given; `RuntimeError` if JAX is in use already.
     """
+    check_positive(heartbeat=heartbeat)
     given = (coordinator, num_processes, process_id)
     if None in given and given != (None, None, None):
         raise ValueError(
             f"coordinator={coordinator!r}, num_processes={num_processes} and "
             f"process_id={process_id} belong together: give all three, or none on a pod or cluster"
         )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat
+    )
 
 
 def is_main() -> bool:

@@ -1,6 +1,7 @@
 """Runs on pictures and latents, on one host and on two, and what they refuse."""
 
 import json
+import os
 import random
 import shlex
 import shutil
@@ -17,8 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_cli import error_of, run, saved
 
-from benchmarks import kills
+from benchmarks import incidents, kills
 from equidit._folder import Folder
+from equidit.checkpoint import CheckpointError, Checkpoints
 
 SMALL = shlex.split(
     "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --steps 6 --workers 0 "
@@ -226,3 +228,49 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_in_the_end(tmp_path):
     assert counts["no checkpoint lost"] == counts["kills"]
     assert counts["runs equal bit for bit"] >= 1
     assert not counts.keys() & {"runs that differ", "could not go on", "a checkpoint lost"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "disk full, save_errors=warn",
+        "kill -9 of a data worker",
+        "kill -9 of the second of two hosts",
+    ],
+)
+def test_a_run_to_which_something_happens(tmp_path, name):
+    if name.startswith("disk") and os.geteuid():
+        pytest.skip("a small disk wants root")
+    assert not incidents.INCIDENTS[name](tmp_path).startswith("WRONG")
+
+
+def test_a_trace_is_whole_even_if_the_run_ends_within_it(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ("train", "digits", "--out", out)
+    assert "not among the steps to do, 1 to 3" in error_of(
+        capsys, *words, *SMALL, "--steps", 3, "--profile", 4
+    )
+    assert not out.exists()
+    assert run(*words, *SMALL, "--steps", 3, "--profile", 2) == 0
+    (trace,) = (out / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size
+    message = error_of(capsys, *words, "--resume", "--steps", 5, "--profile", 3)
+    assert "profile=3 is not among the steps to do, 4 to 5" in message
+
+
+def test_a_save_that_fails_stops_the_run_or_not(tmp_path, capsys, monkeypatch):
+    """Of one host's saves the newest fails: after the fact, as asynchronous ones do."""
+    wait = Checkpoints.wait
+
+    def broken(self):
+        failed = self._saving == 6
+        wait(self)
+        if failed:
+            raise CheckpointError("the checkpoint of step 6 could not be saved")
+
+    monkeypatch.setattr(Checkpoints, "wait", broken)
+    words = ("train", "digits", *SMALL, "--out")
+    assert "step 6 could not" in error_of(capsys, *words, tmp_path / "stop")
+    assert run(*words, tmp_path / "warn", "--save-errors", "warn") == 0
+    assert "step 6 could not" in capsys.readouterr().err
