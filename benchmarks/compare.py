@@ -4,9 +4,11 @@ Against diffusers' DiTTransformer2DModel, and the paper's arithmetic in plain Py
 (plain_torch.py), each eager and under torch.compile. All have the same weights, float32, batch,
 output channels and loss (the noise's mean squared error at random steps), Adam and the EMA, and as
 many threads. Each has a process of its own, and all take turns, so that noise of the machine falls
-on all alike. CPU time is given beside wall time. On a busy machine PyTorch's threads lose much of
-both in waiting for one another: there only `--threads 1` compares the work itself. Ratios are
-medians over the turns.
+on all alike. A turn is one run that is not timed and one that is, as in training, where a step
+follows a step: after a pause the machine may first have to find the memory again. CPU time is given
+beside wall time. On a busy machine PyTorch's threads lose much of both in waiting for one another:
+there only `--threads 1` compares the work itself. `--huge-pages` asks glibc for memory in huge
+pages, for all sides. Ratios are medians over the turns.
 """
 
 import argparse
@@ -147,6 +149,7 @@ def work(options: Any) -> None:
             tasks[task]()
     print(json.dumps({"start": time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
+        tasks[line.strip()]()
         wall, cpu = time.perf_counter(), time.process_time()
         tasks[line.strip()]()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -154,23 +157,25 @@ def work(options: Any) -> None:
 
 
 def measure(
-    folder: Path, name: str, sides: Sequence[str], threads: int, repetitions: int, bar: Any
+    folder: Path, name: str, sides: Sequence[str], options: argparse.Namespace, bar: Any
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, float]]:
     """The answers of all sides to each task, in turns; and how long each took to be ready."""
     workers, ready = {}, {}
     for side in sides:
-        command = [sys.executable, "-m", "benchmarks.compare", "--threads", str(threads)]
+        command = [sys.executable, "-m", "benchmarks.compare", "--threads", str(options.threads)]
         command += ["--side", side, "--folder", str(folder), "--configs", name]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        threaded = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        worker = subprocess.Popen(command, env=threaded, stderr=subprocess.PIPE, **pipes)
+        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+        if options.huge_pages:
+            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        worker = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **pipes)
         line = worker.stdout.readline() if worker.stdout else ""
         if not line:  # its own words say why
             raise RuntimeError(f"{side} failed: {worker.communicate()[1][-2000:]}")
         workers[side], ready[side] = worker, json.loads(line)["start"]
         bar.update()
     found: dict[str, dict[str, list[Any]]] = {t: {side: [] for side in sides} for t in TASKS}
-    for _ in range(repetitions):
+    for _ in range(options.repetitions):
         for task in TASKS:
             for side, worker in workers.items():
                 print(task, file=worker.stdin, flush=True)
@@ -201,7 +206,7 @@ def compared(its: list[Any], ours: list[Any]) -> dict[str, Any]:
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a new measurement replaces an old one of."""
-    return tuple(row[key] for key in ("threads", "config", "task", "side"))
+    return tuple(row[key] for key in ("threads", "huge_pages", "config", "task", "side"))
 
 
 REPORT = Report(
@@ -210,6 +215,7 @@ REPORT = Report(
         "config": lambda row: row["config"],
         "task": lambda row: row["task"],
         "threads": lambda row: str(row["threads"]),
+        "huge pages": lambda row: "yes" if row["huge_pages"] else "no",
         "against": lambda row: row["side"],
         "equidit, wall (CPU)": lambda row: f"{row['our_wall']:.3f} s ({row['our_cpu']:.3f} s)",
         "it, wall (CPU)": lambda row: f"{row['wall']:.3f} s ({row['cpu']:.3f} s)",
@@ -219,7 +225,10 @@ REPORT = Report(
     bar=lambda row: row["ratio_wall"],
     mark=lambda row: row["ratio_cpu"],
     mark_label="in CPU time",
-    label=lambda row: f"{row['config']} {row['task']} {row['side']} {row['threads']} threads",
+    label=lambda row: (
+        f"{row['config']} {row['task']} {row['side']} {row['threads']} threads"
+        + ", huge pages" * row["huge_pages"]
+    ),
     unit="its wall time / equidit's (above 1: equidit is faster)",
 )
 
@@ -236,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--sides", nargs="+", choices=SIDES[1:], default=SIDES[1:], help="to compare with")
     add("--batch-size", type=int, default=8)
     add("--threads", type=int, default=2)
+    add("--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (Linux)")
     add("--repetitions", type=int, default=7)
     add("--results", type=Path, default=RESULTS, help="folder to write to")
     add("--side", choices=SIDES, help="be the worker of one side")
@@ -253,16 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     path = folder / f"compare-{machine()}.json"
     rows = json.loads(path.read_text())["results"] if path.exists() else []
-    settings = {name: getattr(options, name) for name in ("batch_size", "threads", "repetitions")}
+    fixed = ("batch_size", "threads", "huge_pages", "repetitions")
+    settings = {name: getattr(options, name) for name in fixed}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
     with tqdm(total=len(names) * (len(sides) + options.repetitions), disable=None) as bar:
         for name in names:
             with tempfile.TemporaryDirectory() as temporary:
                 inputs = Path(temporary)
                 write_inputs(inputs, name, options.batch_size)
-                found, ready = measure(
-                    inputs, name, sides, options.threads, options.repetitions, bar
-                )
+                found, ready = measure(inputs, name, sides, options, bar)
                 apart = {side: difference(inputs, side) for side in options.sides}
             for task, side in ((task, side) for task in TASKS for side in options.sides):
                 row = {"config": name, "task": task, "side": side} | settings

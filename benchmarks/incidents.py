@@ -97,7 +97,9 @@ class Trial:
         finally:
             for process in processes:
                 process.kill()
-                process.communicate()
+                process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
 
     def ends(self, *, all_rows: bool = True) -> str:
         """Resumes it, if it is not at its end: "" if that is the one of a run left alone.
@@ -321,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--incidents", nargs="*", choices=INCIDENTS, default=list(INCIDENTS))
     options = parser.parse_args(arguments)
     outcomes = {}
-    for name in tqdm(options.incidents, disable=None):
+    for name in (bar := tqdm(options.incidents)):
+        bar.set_postfix_str(name)
         with tempfile.TemporaryDirectory() as base:
             outcomes[name] = INCIDENTS[name](Path(base))
     print("| incident | what became of the run |\n|---|---|")
