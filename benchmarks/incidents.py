@@ -164,7 +164,7 @@ def second_interrupt(base: Path) -> str:
     trial = Trial(base, "digits")
     with trial.under_way() as (process,):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
+        time.sleep(0.1)  # two at once would be one
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         if process.returncode == 0:
