@@ -68,6 +68,14 @@ class Stack(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`, `cond`: as for one [`equidit.Block`][]; every block gets the same `cond`.
+
+        **Returns:**
+
+        The tokens after the last block.
+        """
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
 
         def body(tokens: Array, arrays: Any) -> tuple[Array, None]:

@@ -32,7 +32,16 @@ class Gaussian(eqx.Module):
         return self.mean
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
-        """A latent drawn with `key`."""
+        """A latent.
+
+        **Arguments:**
+
+        - `key`: that it is drawn with.
+
+        **Returns:**
+
+        One draw, in the shape and dtype of the mean.
+        """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(self.log_variance / 2) * noise
 
