@@ -23,7 +23,11 @@ class ImageError(ValueError):
     """
 
     def __init__(self, message: str, *, damaged: bool = False):
-        """**Arguments:** the text, and the field."""
+        """**Arguments:**
+
+        - `message`: what is wrong, naming the file.
+        - `damaged`: see above.
+        """
         super().__init__(message)
         self.damaged = damaged
 

@@ -91,8 +91,12 @@ class Stack(eqx.Module):
         return jax.lax.scan(body, tokens, stacked)[0]
 
     def unstack(self) -> list[Any]:
-        """The blocks one by one, for a loop of your own. The hidden states after every block of a
-        [`equidit.DiT`][], for probing or for losses on them:
+        """The blocks one by one, for a loop of your own.
+
+        **Returns:**
+
+        As many blocks as the stack is deep, with arrays of their own. So the hidden states after
+        every block of a [`equidit.DiT`][], for probing or for losses on them, are:
 
         ```python
         tokens, conditioning = network.embed(x, t, cond)

@@ -134,7 +134,12 @@ class FolderSource:
     """Pictures of a folder, as squares of bytes, every other one mirrored."""
 
     def __init__(self, folder: ImageFolder, size: int, *, small: Small = "refuse"):
-        """**Arguments:** see [`equidit.data.image_folder`][] and [`equidit.data.read_image`][]."""
+        """**Arguments:**
+
+        - `folder`: what [`equidit.data.image_folder`][] lists.
+        - `size`, `small`: of the square, and what to do with pictures that are smaller: see
+            [`equidit.data.read_image`][].
+        """
         self.folder, self.size = folder, size
         self.small: Small = small
         self.label = folder.label
@@ -168,7 +173,10 @@ class LatentSource:
     """A cache of latents, every other one of the mirrored picture. Skipped ones are left out."""
 
     def __init__(self, path: Path):
-        """**Arguments:** see [`equidit.data.open_latents`][]."""
+        """**Arguments:**
+
+        - `path`: the folder, for [`equidit.data.open_latents`][].
+        """
         self.path = path
         self.cache = open_latents(path)
         self.rows = np.flatnonzero(self.cache.label >= 0)

@@ -28,7 +28,12 @@ class Gaussian(eqx.Module):
     log_variance: Float[Array, "channels height width"]
 
     def mode(self) -> Float[Array, "channels height width"]:
-        """The most probable latent: the mean."""
+        """The most probable latent.
+
+        **Returns:**
+
+        The mean.
+        """
         return self.mean
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
