@@ -1,10 +1,14 @@
+import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
 
 import pytest
 from site_names import DOCS, ROOT, address, documented, members, pages, public_names, resolve
+
+import equidit as edt
 
 SHOWN = documented()
 THINGS = {name: resolve(name) for name in SHOWN}
@@ -86,6 +90,28 @@ def test_images_have_alternative_texts(page):
         assert len(alt) > 10
     for tag in re.findall(r"<(?:img|object)\b.*?>", text, re.S):
         assert re.search(r'(alt|aria-label)="[^"]{10,}"', tag), tag
+
+
+def _plain_blocks():
+    """Python on the pages that is not executed when the site is built."""
+    for page in filter(lambda page: (DOCS / page).exists(), pages()):
+        found = re.findall(r"(?ms)^( *)```python *\n(.*?)^\1```", (DOCS / page).read_text())
+        for number, (indent, code) in enumerate(found):
+            code = re.sub(f"(?m)^{indent}", "", code)
+            yield pytest.param(code, id=f"{page}-{number}")
+
+
+@pytest.mark.parametrize("code", [*_plain_blocks()])
+def test_code_that_is_only_shown_is_python_and_names_what_there_is(code):
+    roots = {"edt": edt, "dfn": edt.diffusion, "pretrained": edt.pretrained}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in roots:
+            root, *path = ast.unparse(node).split(".")
+            if all(map(str.isidentifier, path)):
+                functools.reduce(getattr, path, roots[root])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("equidit"):
+            for alias in node.names:
+                resolve(f"{node.module}.{alias.name}")
 
 
 def test_llms_txt_lists_every_page():
