@@ -1,6 +1,7 @@
 """What a reader of a signature should see, for mkdocstrings: shapes, and the fields of a Module."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,8 @@ def _walk(parent: Any) -> Iterator[Any]:
 def _written_out(node: Any, shapes: dict[str, Any]) -> Any:
     if isinstance(node, griffe.ExprName):
         return shapes.get(node.name, node)
-    if isinstance(node, griffe.ExprConstant):
-        return griffe.ExprConstant(node.value.replace("'", '"'))
+    if isinstance(node, str):
+        return re.sub(r"^'(.*)'$", r'"\1"', node)
     if isinstance(node, list | tuple):
         return type(node)(_written_out(item, shapes) for item in node)
     if isinstance(node, griffe.Expr):
