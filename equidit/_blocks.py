@@ -64,6 +64,15 @@ class AdaLNZeroBlock(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`: one example's.
+        - `cond`: its `vector` shifts, scales and gates.
+
+        **Returns:**
+
+        The tokens after the block, of the same shape and dtype.
+        """
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
         x = modulate(self.norm(tokens), shift_a, scale_a)
@@ -74,7 +83,7 @@ class AdaLNZeroBlock(eqx.Module):
 class AdaLNBlock(eqx.Module):
     """Self-attention and MLP, each shifted and scaled, not gated, by the conditioning vector.
 
-    Arguments as for [`equidit.AdaLNZeroBlock`][]. Shifts and scales are zero at initialisation.
+    Shifts and scales are zero at initialisation.
 
     ??? cite
 
@@ -98,6 +107,7 @@ class AdaLNBlock(eqx.Module):
         norm: Callable[..., Array] = layer_norm,
         key: PRNGKeyArray,
     ):
+        """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], but for `norm_mlp`."""
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
         self.attention = attention(dim, num_heads, key=attention_key)
         self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
@@ -107,6 +117,15 @@ class AdaLNBlock(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`: one example's.
+        - `cond`: its `vector` shifts and scales.
+
+        **Returns:**
+
+        The tokens after the block, of the same shape and dtype.
+        """
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, shift_m, scale_m = jnp.split(modulation, 4)
         x = modulate(self.norm(tokens), shift_a, scale_a)
@@ -158,6 +177,15 @@ class InContextBlock(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`: one example's.
+        - `cond`: not read, but for the mask of appended tokens.
+
+        **Returns:**
+
+        The tokens after the block, of the same shape and dtype.
+        """
         x = self.norm_attention(tokens)
         tokens = tokens + _self_attention(self.attention, x, cond)
         return tokens + self.mlp(self.norm_mlp(tokens))
@@ -202,6 +230,16 @@ class CrossAttentionBlock(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`: one example's.
+        - `cond`: its `tokens` are attended to, as far as `mask` allows; `ValueError` if there are
+            none.
+
+        **Returns:**
+
+        The tokens after the block, of the same shape and dtype.
+        """
         context = tokens_of(cond, reader="CrossAttentionBlock")
         tokens = tokens + _self_attention(self.attention, self.norm_attention(tokens), cond)
         tokens = tokens + self.cross(self.norm_cross(tokens), context, cond.mask)
@@ -251,6 +289,16 @@ class TextCrossAttentionBlock(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`: one example's.
+        - `cond`: its `vector` shifts, scales and gates; its `tokens` are attended to, as far as
+            `mask` allows; `ValueError` if there are none.
+
+        **Returns:**
+
+        The tokens after the block, of the same shape and dtype.
+        """
         context = tokens_of(cond, reader="TextCrossAttentionBlock")
         modulation = self.modulation(jax.nn.silu(cond.vector))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)

@@ -180,7 +180,12 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of finished checkpoints, ascending."""
+        """Which checkpoints there are.
+
+        **Returns:**
+
+        The steps of the finished ones, ascending.
+        """
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         names = [path.name for path in paths if re.fullmatch(r"0|[1-9]\d*", path.name)]
         return sorted(int(name) for name in names if (self.folder / name).is_dir())
@@ -201,6 +206,10 @@ class Checkpoints:
         - `step`: this checkpoint and no other.
         - `config`: what the checkpoint's must be equal to; `None` accepts any.
 
+        **Returns:**
+
+        The state, filled in, and what was saved beside it.
+
         **Raises:**
 
         [`equidit.checkpoint.CheckpointError`][] if there is no undamaged checkpoint, and for one of
@@ -220,6 +229,10 @@ class Checkpoints:
         **Returns:**
 
         As `restore` does, `state` being the part.
+
+        **Raises:**
+
+        As `restore` does.
         """
         return self._restore(like, name, step, None)
 

@@ -11,10 +11,16 @@ from ._ops import timestep_features
 from ._types import Conditioning
 
 Prompt = tuple[Float[Array, "length text_dim"], Bool[Array, " length"]]
+"""The states of a text encoder, and which of them are the prompt rather than padding."""
 
 
 class TimestepEmbedder(eqx.Module):
-    """Sinusoidal features of the timestep through a two-layer SiLU MLP."""
+    """Sinusoidal features of the timestep through a two-layer SiLU MLP.
+
+    ??? cite
+
+        Appendix A of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    """
 
     up: Linear
     down: Linear
@@ -35,6 +41,14 @@ class TimestepEmbedder(eqx.Module):
         self.features = features
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " dim"]:
+        """**Arguments:**
+
+        - `t`: the time in diffusion steps (0 to 999 for the paper's models); need not be whole.
+
+        **Returns:**
+
+        Its embedding, in the parameters' dtype.
+        """
         features = (self.features or timestep_features)(t, 256)
         return self.down(jax.nn.silu(self.up(features.astype(self.up.weight.dtype))))
 
@@ -45,6 +59,12 @@ class LabelEmbedder(eqx.Module):
     table: Float[Array, "classes dim"]
 
     def __init__(self, num_classes: int, dim: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `num_classes`: number of labels, without the null one; at least 1, else `ValueError`.
+        - `dim`: the model's hidden size.
+        - `key`: initialises the table.
+        """
         check_positive(num_classes=num_classes, dim=dim)
         self.table = normal_02(key, (num_classes + 1, dim))
 
@@ -166,6 +186,15 @@ class LabelConditioner(eqx.Module):
         self.label = LabelEmbedder(num_classes, dim, key=label_key)
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""], label: Int[Array, ""]) -> Conditioning:
+        """**Arguments:**
+
+        - `t`: the time in diffusion steps.
+        - `label`: 0 to `num_classes - 1`, or `null`; others give NaN.
+
+        **Returns:**
+
+        The sum of both embeddings as vector, the two of them as tokens.
+        """
         t_embedding, label_embedding = self.timestep(t), self.label(label)
         return Conditioning(
             vector=t_embedding + label_embedding,
@@ -179,9 +208,23 @@ class TimestepConditioner(eqx.Module):
     timestep: TimestepEmbedder
 
     def __init__(self, dim: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `dim`: the model's hidden size.
+        - `key`: initialises the weights.
+        """
         self.timestep = TimestepEmbedder(dim, key=key)
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""], cond: None = None) -> Conditioning:
+        """**Arguments:**
+
+        - `t`: the time in diffusion steps.
+        - `cond`: nothing.
+
+        **Returns:**
+
+        The timestep's embedding, as vector and as the one token.
+        """
         embedding = self.timestep(t)
         return Conditioning(vector=embedding, tokens=embedding[None])
 
@@ -223,6 +266,15 @@ class TextConditioner(eqx.Module):
         return jnp.zeros((1, self.text.null.shape[1])), jnp.zeros(1, bool)
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""], prompt: Prompt) -> Conditioning:
+        """**Arguments:**
+
+        - `t`: the time in diffusion steps.
+        - `prompt`: the pair `(embeddings, mask)`, as for [`equidit.TextEmbedder`][].
+
+        **Returns:**
+
+        Timestep + pooled prompt as vector, the prompt's tokens and their mask.
+        """
         timestep, text = self.timestep(t), self.text(*prompt)
         tokens, mask = text.tokens, text.mask
         assert tokens is not None

@@ -30,6 +30,10 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
     - `function`: any function that JAX can trace, e.g. a network.
     - `args`: its arguments, as arrays or as `jax.ShapeDtypeStruct`.
 
+    **Returns:**
+
+    The number of multiply-adds; FLOPs are twice that.
+
     **Raises:**
 
     `ValueError` for a product inside a `lax.while_loop`, whose trip count is not known, and for

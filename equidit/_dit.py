@@ -82,6 +82,11 @@ class DiT(eqx.Module):
             `None`. By default timestep + label.
         - `remat`: see [`equidit.Stack`][].
         - `key`: initialises the weights.
+
+        **Raises:**
+
+        `ValueError` for sizes below 1 or that do not divide one another, for an unknown `remat`,
+        and for a conditioner beside `num_classes`.
         """
         check_positive(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
         if hidden_size % 4:
@@ -125,6 +130,11 @@ class DiT(eqx.Module):
 
         The predicted noise and, with `learn_sigma`, `channels` more for the variance. The dtype is
         `x`'s; inside, the network computes in its parameters' dtype.
+
+        **Raises:**
+
+        `ValueError` for other channels than the network's, and for a height or width that the patch
+        size does not divide.
         """
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens, conditioning = self.embed(x, t, cond)
@@ -141,6 +151,10 @@ class DiT(eqx.Module):
         """What goes into the first block: the tokens, the image's first, and the conditioning.
 
         **Arguments:** those of the network.
+
+        **Returns:**
+
+        The tokens and the [`equidit.Conditioning`][] for the blocks.
         """
         channels, height, width = x.shape
         if channels != self.in_channels:

@@ -13,10 +13,22 @@ from ._types import Number, Scalar
 
 Tree = TypeVar("Tree")
 Decay = Number | Callable[[Int[Array, ""]], Float[Array, ""]]
+"""An average's decay in [0, 1], or a function that gives it for the number of updates made."""
 
 
 def ema_update(ema: Tree, network: Tree, decay: Scalar) -> Tree:
-    """`decay * ema + (1 - decay) * network` for floating-point arrays; all else is `network`'s."""
+    """`decay * ema + (1 - decay) * network` for floating-point arrays; all else is `network`'s.
+
+    **Arguments:**
+
+    - `ema`: the average so far.
+    - `network`: what is averaged, of the same structure; its dtypes may be others.
+    - `decay`: in [0, 1]; 1 leaves the average as it is.
+
+    **Returns:**
+
+    The new average, in the dtypes of `ema`.
+    """
 
     def update(old: Any, new: Any) -> Any:
         if not eqx.is_inexact_array(new):
@@ -30,6 +42,14 @@ def ema_warmup(decay: Number = 0.9999) -> Callable[[Int[Array, ""]], Float[Array
     """An `ema_decay` that grows as `min(decay, (1 + n) / (10 + n))` with the step `n`.
 
     A constant 0.9999 would be mostly initialisation for the first ten thousand steps.
+
+    **Arguments:**
+
+    - `decay`: the final one, in [0, 1].
+
+    **Returns:**
+
+    A function of the number of updates made, for [`equidit.make_train_step`][].
     """
 
     def at(step: Int[Array, ""]) -> Float[Array, ""]:
@@ -46,6 +66,10 @@ def std_to_gamma(std: Number) -> float:
 
     - `std`: standard deviation of the profile as a share of the training so far, above 0 and below
         0.288 (that of a plain mean); EDM2 stores 0.05 and 0.10.
+
+    **Returns:**
+
+    The exponent gamma, at least 0.
 
     **Raises:**
 
@@ -73,6 +97,10 @@ def power_ema_decay(std: Number) -> Callable[[Int[Array, ""]], Float[Array, ""]]
     **Arguments:**
 
     - `std`: as in [`equidit.std_to_gamma`][].
+
+    **Returns:**
+
+    A function of the number of updates made, for [`equidit.make_train_step`][].
 
     ??? cite
 

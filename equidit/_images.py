@@ -10,6 +10,7 @@ from jaxtyping import Integer, UInt8
 from ._common import extra
 
 Small = Literal["refuse", "enlarge"]
+"""What to do with a picture that is too small."""
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -22,6 +23,11 @@ class ImageError(ValueError):
     """
 
     def __init__(self, message: str, *, damaged: bool = False):
+        """**Arguments:**
+
+        - `message`: what is wrong, naming the file.
+        - `damaged`: see above.
+        """
         super().__init__(message)
         self.damaged = damaged
 
@@ -48,6 +54,14 @@ class ImageFolder:
 
 def image_folder(root: Path) -> ImageFolder:
     """Lists a folder of class folders. Hidden files are left out.
+
+    **Arguments:**
+
+    - `root`: the folder; its subfolders are the classes, at any depth below them lie pictures.
+
+    **Returns:**
+
+    The list. No picture is opened.
 
     **Raises:**
 
@@ -92,6 +106,10 @@ def read_image(
     - `size`: side of the square, in pixels.
     - `small`: whether to `"refuse"` a picture whose shorter side is below `size`, or to
         `"enlarge"` it, as ADM does.
+
+    **Returns:**
+
+    Red, green and blue, 0 to 255, of `size` rows and columns.
 
     **Raises:**
 

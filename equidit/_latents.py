@@ -33,6 +33,14 @@ class LatentCache:
 def open_latents(path: Path) -> LatentCache:
     """Opens a cache of latents without reading the latents.
 
+    **Arguments:**
+
+    - `path`: the folder that `equidit encode` made.
+
+    **Returns:**
+
+    The cache, its arrays mapped into memory.
+
     **Raises:**
 
     `FileNotFoundError` if there is none, or an unfinished one; `ValueError` if it is damaged or of

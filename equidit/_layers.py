@@ -45,6 +45,14 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_features)
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens out"]:
+        """**Arguments:**
+
+        - `x`: arrays of `in_features` on the last axis, else `ValueError`; any axes before it.
+
+        **Returns:**
+
+        The same with `out_features` on the last axis.
+        """
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(
                 f"x has {x.shape[-1]} features, but the layer was made for {self.weight.shape[1]}"
@@ -72,10 +80,22 @@ class LayerNorm(eqx.Module):
     shift: Float[Array, " dim"]
 
     def __init__(self, dim: int):
+        """**Arguments:**
+
+        - `dim`: size of a token, at least 1, else `ValueError`.
+        """
         check_positive(dim=dim)
         self.scale, self.shift = jnp.ones(dim), jnp.zeros(dim)
 
     def __call__(self, x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
+        """**Arguments:**
+
+        - `x`: tokens, or one, of `dim` features.
+
+        **Returns:**
+
+        The normalised tokens, in the shape of `x`.
+        """
         return _scaled(layer_norm(x), self.scale) + jnp.broadcast_to(self.shift, x.shape)
 
 
@@ -85,10 +105,22 @@ class RMSNorm(eqx.Module):
     scale: Float[Array, " dim"]
 
     def __init__(self, dim: int):
+        """**Arguments:**
+
+        - `dim`: size of a token, at least 1, else `ValueError`.
+        """
         check_positive(dim=dim)
         self.scale = jnp.ones(dim)
 
     def __call__(self, x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
+        """**Arguments:**
+
+        - `x`: tokens, or one, of `dim` features.
+
+        **Returns:**
+
+        The normalised tokens, in the shape of `x`.
+        """
         return _scaled(rms_norm(x), self.scale)
 
 
@@ -97,17 +129,36 @@ def _scaled(x: Array, scale: Array) -> Array:
 
 
 class MLP(eqx.Module):
-    """Two linear layers with the tanh approximation of GELU between them."""
+    """Two linear layers with the tanh approximation of GELU between them.
+
+    ??? cite
+
+        [Hendrycks & Gimpel 2016](https://arxiv.org/abs/1606.08415).
+    """
 
     up: Linear
     down: Linear
 
     def __init__(self, dim: int, hidden_size: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `dim`: size of a token, in and out.
+        - `hidden_size`: size between the layers; both at least 1, else `ValueError`.
+        - `key`: initialises the weights.
+        """
         up_key, down_key = jax.random.split(key)
         self.up = Linear(dim, hidden_size, key=up_key)
         self.down = Linear(hidden_size, dim, key=down_key)
 
     def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `x`: tokens; each is mapped by itself.
+
+        **Returns:**
+
+        As many tokens of the same size.
+        """
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
@@ -126,17 +177,36 @@ class SwiGLU(eqx.Module):
     down: Linear
 
     def __init__(self, dim: int, hidden_size: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `dim`: size of a token, in and out.
+        - `hidden_size`: size between the layers; both at least 1, else `ValueError`.
+        - `key`: initialises the weights.
+        """
         gate_key, up_key, down_key = jax.random.split(key, 3)
         self.gate = Linear(dim, hidden_size, key=gate_key)
         self.up = Linear(dim, hidden_size, key=up_key)
         self.down = Linear(hidden_size, dim, key=down_key)
 
     def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `x`: tokens; each is mapped by itself.
+
+        **Returns:**
+
+        As many tokens of the same size.
+        """
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Attention(eqx.Module):
-    """Multi-head attention with one fused projection for queries, keys and values."""
+    """Multi-head attention with one fused projection for queries, keys and values.
+
+    ??? cite
+
+        Section 3.2 of [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762).
+    """
 
     qkv: Linear
     out: Linear
@@ -241,7 +311,13 @@ class Attention(eqx.Module):
 
 
 class FinalLayer(eqx.Module):
-    """The last layer: adaptive layer norm, then a linear map to patches. Zero at initialisation."""
+    """The last layer: adaptive layer norm, then a linear map to patches. Zero at initialisation.
+
+    ??? cite
+
+        Section 3.2, "Transformer decoder", of
+        [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
+    """
 
     modulation: Linear
     linear: Linear
@@ -256,6 +332,14 @@ class FinalLayer(eqx.Module):
         norm: Callable[..., Array] = layer_norm,
         key: PRNGKeyArray,
     ):
+        """**Arguments:**
+
+        - `dim`: the hidden size.
+        - `patch_size`: side of a patch, in pixels of the input.
+        - `out_channels`: channels of the network's output, those of the variance among them.
+        - `norm`: a function of the tokens without parameters, e.g. [`equidit.rms_norm`][].
+        - `key`: initialises the weights.
+        """
         modulation_key, linear_key = jax.random.split(key)
         self.modulation = Linear(dim, 2 * dim, init=zeros, key=modulation_key)
         self.linear = Linear(dim, patch_size**2 * out_channels, init=zeros, key=linear_key)
@@ -264,6 +348,15 @@ class FinalLayer(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens features"]:
+        """**Arguments:**
+
+        - `tokens`: of the image, after the last block.
+        - `cond`: its `vector` is read.
+
+        **Returns:**
+
+        One patch of `patch_size**2 * out_channels` features a token, for [`equidit.unpatchify`][].
+        """
         shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2)
         return self.linear(modulate(self.norm(tokens), shift, scale))
 
@@ -271,6 +364,11 @@ class FinalLayer(eqx.Module):
 class PlainFinalLayer(eqx.Module):
     """The last layer of the paper's designs without adaptive norms: a learned layer norm, then a
     linear map to patches, zero at initialisation. Does not read the conditioning.
+
+    ??? cite
+
+        Section 3.2, "Transformer decoder", of
+        [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
     norm: Any
@@ -285,10 +383,27 @@ class PlainFinalLayer(eqx.Module):
         norm: Callable[[int], Any] = LayerNorm,
         key: PRNGKeyArray,
     ):
+        """**Arguments:**
+
+        - `dim`: the hidden size.
+        - `patch_size`: side of a patch, in pixels of the input.
+        - `out_channels`: channels of the network's output, those of the variance among them.
+        - `norm`: called as `norm(dim)`; makes a module, e.g. [`equidit.RMSNorm`][].
+        - `key`: initialises the weights.
+        """
         self.norm = norm(dim)
         self.linear = Linear(dim, patch_size**2 * out_channels, init=zeros, key=key)
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens features"]:
+        """**Arguments:**
+
+        - `tokens`: of the image, after the last block.
+        - `cond`: not read.
+
+        **Returns:**
+
+        One patch of `patch_size**2 * out_channels` features a token, for [`equidit.unpatchify`][].
+        """
         return self.linear(self.norm(tokens))

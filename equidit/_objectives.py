@@ -25,6 +25,7 @@ from ._types import Network, Number
 VARIANCES = ("learned", "small", "large")
 LIKELIHOODS = ("pixels", "latents")
 Weight = Callable[[Schedule, Index], Float[Array, ""]]
+"""A factor of the squared error at a step, called as `weight(schedule, t)`."""
 
 
 def split_output(output: Float[Array, "out height width"], x: Image) -> tuple[Image, Image | None]:
@@ -81,12 +82,17 @@ def vb_term(
 
     **Arguments:**
 
+    - `schedule`: the tables.
     - `output`: the network's at `xt`: the prediction and, with a learned variance, its channels.
     - `x0`, `xt`, `t`: as in [`equidit.diffusion.q_sample`][].
     - `variance`, `prediction`, `clip`: as in [`equidit.diffusion.ddpm_step`][].
     - `likelihood`: `"pixels"`, the paper's, takes `x0` for one of 256 values from -1 to 1, with
         the outer two bins open. `"latents"` takes it for any real number, as latents are: the
         term is then a density's, and may be negative.
+
+    **Returns:**
+
+    The mean over all entries of the example, in bits.
 
     ??? cite
 
@@ -123,6 +129,7 @@ def hybrid_terms(
 
     **Arguments:**
 
+    - `schedule`: the tables.
     - `output`: the network's output at `xt`: prediction channels, then variance channels.
     - `x0`, `xt`, `t`, `noise`: as in [`equidit.diffusion.q_sample`][].
     - `prediction`, `likelihood`: as in [`equidit.diffusion.vb_term`][].
@@ -222,6 +229,15 @@ def simple_loss(
         the velocity of [`equidit.diffusion.predict_v`][].
     - `weight`: called as `weight(schedule, t)`, a factor of the squared error, e.g.
         `partial(min_snr_weight, prediction="v")`.
+
+    **Returns:**
+
+    The loss of this example, in at least float32.
+
+    **Raises:**
+
+    `ValueError` for an output of other channels than the input's or twice those, and for an unknown
+    prediction.
     """
     output, _, t, noise = _corrupt(network, schedule, x0, cond, key, t, noise)
     mse = _mse(schedule, split_output(output, x0)[0], x0, t, noise, prediction)
@@ -249,6 +265,10 @@ def hybrid_loss(
     - `likelihood`: see [`equidit.diffusion.vb_term`][].
     - `vb_weight`: of the bound's term. DiT's is 1.
 
+    **Returns:**
+
+    The loss of this example, in at least float32.
+
     ??? cite
 
         Section 3.1 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
@@ -273,6 +293,10 @@ def rescaled_hybrid_loss(
     whole bound, however long the schedule. At 1000 steps the two losses are the same.
 
     **Arguments:** those of [`equidit.diffusion.hybrid_loss`][] but `vb_weight`.
+
+    **Returns:**
+
+    The loss of this example, in at least float32.
 
     ??? cite
 
@@ -303,6 +327,10 @@ def vlb_loss(
     **Arguments:** those of [`equidit.diffusion.simple_loss`][] but `weight`, and `variance` and
     `likelihood` as for [`equidit.diffusion.vb_term`][].
 
+    **Returns:**
+
+    An estimate of this example's bound, in bits per dimension.
+
     ??? cite
 
         Equation 4 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
@@ -327,6 +355,16 @@ def min_snr_weight(
 
     Of the error in x0 it is `min(snr, gamma)`, for every `prediction`: so of the error in eps
     `min(snr, gamma) / snr`, and of the error in v `min(snr, gamma) / (snr + 1)`.
+
+    **Arguments:**
+
+    - `schedule`, `t`: the tables and the step.
+    - `gamma`: the bound, a signal-to-noise ratio above 0, else `ValueError`; 5 is the paper's.
+    - `prediction`: what the network predicts: `"eps"`, `"x0"` or `"v"`.
+
+    **Returns:**
+
+    The factor of the squared error, for the `weight` of a loss.
 
     ??? cite
 
@@ -374,6 +412,10 @@ def bits_per_dim(
     - `network`, `schedule`, `x0`, `cond`: as for [`equidit.diffusion.simple_loss`][].
     - `key`: of this example.
     - `variance`, `prediction`, `likelihood`, `clip`: as for [`equidit.diffusion.vb_term`][].
+
+    **Returns:**
+
+    The bound, its terms, and the squared error at every step.
 
     ??? cite
 

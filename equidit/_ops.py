@@ -149,6 +149,15 @@ def modulate(
 ) -> Float[Array, "tokens dim"]:
     """`x * (1 + scale) + shift`, the same for every token: the "adaptive" of adaptive norms.
 
+    **Arguments:**
+
+    - `x`: normalised tokens.
+    - `shift`, `scale`: one entry a feature; both 0 leave `x` as it is.
+
+    **Returns:**
+
+    The tokens, in the dtype that `x`, `shift` and `scale` share.
+
     ??? cite
 
         Section 3.2, "Adaptive layer norm", of
@@ -160,7 +169,18 @@ def modulate(
 def layer_norm(x: Float[Array, "*tokens dim"], eps: Number = 1e-6) -> Float[Array, "*tokens dim"]:
     """Every token to mean 0 and variance 1, without learned scale or shift.
 
-    Statistics are taken in at least float32; the result has `x`'s dtype.
+    **Arguments:**
+
+    - `x`: tokens, or one; normalised along the last axis.
+    - `eps`: added to the variance, in its unit.
+
+    **Returns:**
+
+    The normalised tokens. Statistics are taken in at least float32; the result has `x`'s dtype.
+
+    ??? cite
+
+        [Ba et al. 2016](https://arxiv.org/abs/1607.06450).
     """
     y = upcast(x)
     y = y - y.mean(axis=-1, keepdims=True)
@@ -170,6 +190,14 @@ def layer_norm(x: Float[Array, "*tokens dim"], eps: Number = 1e-6) -> Float[Arra
 
 def rms_norm(x: Float[Array, "*tokens dim"], eps: Number = 1e-6) -> Float[Array, "*tokens dim"]:
     """Every token to a mean square of 1, without learned scale: `layer_norm` less the centring.
+
+    **Arguments:**
+
+    - `x`, `eps`: as for [`equidit.layer_norm`][]; `eps` is added to the mean square.
+
+    **Returns:**
+
+    The normalised tokens, in `x`'s dtype; the mean square is taken in at least float32.
 
     ??? cite
 

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 from ._common import upcast
 
 Image = Float[Array, "channels height width"]
+"""One image or latent."""
 Index = Int[Array, ""] | int | np.integer
+"""A step: an index of a schedule, 0 the least noisy."""
 PREDICTIONS = ("eps", "x0", "v")
 SPACINGS = ("fractional", "leading", "trailing", "linspace")
 
@@ -39,6 +41,10 @@ def linear_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
 
 def cosine_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
     """The cosine noise schedule, betas clipped at 0.999.
+
+    **Arguments:**
+
+    - `steps`: at least 1, else `ValueError`.
 
     **Returns:**
 
@@ -251,7 +257,16 @@ def times(table: Float[Array, " steps"], t: Index, x: Image) -> Image:
 def q_sample(schedule: Schedule, x0: Image, t: Index, noise: Image) -> Image:
     """The forward process: `x0` with the noise of step `t` (DDPM, equation 4).
 
-    Computed and returned in at least float32, as all of these functions are.
+    **Arguments:**
+
+    - `schedule`: the tables.
+    - `x0`: one clean example.
+    - `t`: the step, an index of the schedule; out of range an error or, traced, NaN.
+    - `noise`: standard normal, in the shape of `x0`.
+
+    **Returns:**
+
+    The noisy example, computed and returned in at least float32, as by all of these functions.
     """
     signal = times(schedule.sqrt_alphas_cumprod, t, x0)
     return signal + times(schedule.sqrt_one_minus_alphas_cumprod, t, noise)
@@ -260,7 +275,15 @@ def q_sample(schedule: Schedule, x0: Image, t: Index, noise: Image) -> Image:
 def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image, Float[Array, ""]]:
     """Mean and log-variance of q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7).
 
-    The log-variance at `t = 0`, minus infinity, is replaced by that of `t = 1`.
+    **Arguments:**
+
+    - `schedule`, `x0`, `t`: as for [`equidit.diffusion.q_sample`][].
+    - `xt`: the noisy example at step `t`.
+
+    **Returns:**
+
+    The mean, and one log-variance for all its entries; that at `t = 0`, minus infinity, is replaced
+    by that of `t = 1`.
     """
     mean = times(schedule.posterior_mean_coef1, t, x0)
     mean = mean + times(schedule.posterior_mean_coef2, t, xt)
@@ -268,13 +291,37 @@ def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image
 
 
 def predict_x0(schedule: Schedule, xt: Image, t: Index, eps: Image) -> Image:
-    """The clean example that `eps` implies: the inverse of [`equidit.diffusion.q_sample`][]."""
+    """The clean example that `eps` implies: the inverse of [`equidit.diffusion.q_sample`][].
+
+    **Arguments:**
+
+    - `schedule`, `xt`, `t`: as for [`equidit.diffusion.posterior`][].
+    - `eps`: the noise in `xt`.
+
+    **Returns:**
+
+    The clean example; infinite or NaN where the schedule leaves nothing of it (a last beta of 1).
+
+    ??? cite
+
+        Section 3.2 of [Ho et al. 2020](https://arxiv.org/abs/2006.11239).
+    """
     scaled = times(schedule.sqrt_recip_alphas_cumprod, t, xt)
     return scaled - times(schedule.sqrt_recipm1_alphas_cumprod, t, eps)
 
 
 def predict_eps(schedule: Schedule, xt: Image, t: Index, x0: Image) -> Image:
-    """The noise that `x0` implies: the inverse of [`equidit.diffusion.predict_x0`][]."""
+    """The noise that `x0` implies: the inverse of [`equidit.diffusion.predict_x0`][].
+
+    **Arguments:**
+
+    - `schedule`, `xt`, `t`: as for [`equidit.diffusion.posterior`][].
+    - `x0`: the clean example.
+
+    **Returns:**
+
+    The noise in `xt`.
+    """
     if_clean = times(schedule.sqrt_alphas_cumprod, t, x0)
     noise = at(schedule.sqrt_one_minus_alphas_cumprod, t).astype(if_clean.dtype)
     return (upcast(xt) - if_clean) / noise
@@ -282,6 +329,15 @@ def predict_eps(schedule: Schedule, xt: Image, t: Index, x0: Image) -> Image:
 
 def predict_v(schedule: Schedule, x0: Image, t: Index, eps: Image) -> Image:
     """The velocity of a clean example and its noise: `sqrt(a) eps - sqrt(1 - a) x0`.
+
+    **Arguments:**
+
+    - `schedule`, `x0`, `t`: as for [`equidit.diffusion.q_sample`][]; `a` is `alphas_cumprod[t]`.
+    - `eps`: the noise.
+
+    **Returns:**
+
+    What a network with `prediction="v"` predicts.
 
     ??? cite
 
@@ -298,10 +354,14 @@ def x0_and_eps(
 
     **Arguments:**
 
-    - `xt`, `t`: the noisy example and its step.
+    - `schedule`, `xt`, `t`: the tables, the noisy example and its step.
     - `value`: what was predicted.
     - `prediction`: what that is: `"eps"`, `"x0"` or `"v"`
         ([`equidit.diffusion.predict_v`][]); anything else is a `ValueError`.
+
+    **Returns:**
+
+    The pair `(x0, eps)`.
     """
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps":

@@ -68,6 +68,14 @@ class Stack(eqx.Module):
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
     ) -> Float[Array, "tokens dim"]:
+        """**Arguments:**
+
+        - `tokens`, `cond`: as for one [`equidit.Block`][]; every block gets the same `cond`.
+
+        **Returns:**
+
+        The tokens after the last block.
+        """
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
 
         def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
@@ -83,8 +91,12 @@ class Stack(eqx.Module):
         return jax.lax.scan(body, tokens, stacked)[0]
 
     def unstack(self) -> list[Any]:
-        """The blocks one by one, for a loop of your own. The hidden states after every block of a
-        [`equidit.DiT`][], for probing or for losses on them:
+        """The blocks one by one, for a loop of your own.
+
+        **Returns:**
+
+        As many blocks as the stack is deep, with arrays of their own. So the hidden states after
+        every block of a [`equidit.DiT`][], for probing or for losses on them, are:
 
         ```python
         tokens, conditioning = network.embed(x, t, cond)

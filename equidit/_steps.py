@@ -72,6 +72,16 @@ def ddpm_step(
     **Returns:**
 
     The example at the step before, or with `with_x0` the pair of it and the clean example.
+
+    **Raises:**
+
+    `ValueError` for an unknown variance or prediction, and for `variance="learned"` of a network
+    without variance channels.
+
+    ??? cite
+
+        Algorithm 2 of [Ho et al. 2020](https://arxiv.org/abs/2006.11239); the learned variance is
+        equation 15 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
     """
     x0, _, values = _predicted(network, schedule, x, t, cond, prediction, clip)
     mean, _ = posterior(schedule, x0, x, t)
@@ -107,6 +117,10 @@ def ddim_step(
     **Returns:**
 
     The example at the step before, or with `with_x0` the pair of it and the clean example.
+
+    ??? cite
+
+        Equations 12 and 16 of [Song et al. 2021](https://arxiv.org/abs/2010.02502).
     """
     if isinstance(eta, Number) and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1]: 0 is deterministic, 1 is DDPM's noise")
@@ -139,6 +153,10 @@ def ddim_inversion_step(
     [`equidit.diffusion.ddim_step`][] leads back.
 
     **Arguments:** as for [`equidit.diffusion.ddim_step`][]. `key` is not read.
+
+    **Returns:**
+
+    The example at step `t`.
 
     ??? cite
 
@@ -189,6 +207,11 @@ def sample(
 
     The sample; with `has_aux` or `trajectory` the pair of it and what was collected, stacked along
     a new first axis in the order of the steps; with both, the pair `(examples, aux)` of these.
+
+    **Raises:**
+
+    `ValueError` if the step was made with a schedule of another length, and for `has_aux` that does
+    not agree with what the step returns.
     """
     _check_schedule(step, schedule)
     order = jnp.arange(schedule.steps)

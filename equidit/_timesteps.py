@@ -13,6 +13,20 @@ def stratified_timesteps(
     schedule, in random order: uniform each, and evenly spread together.
 
     Draw them beside the batch, and pass each example's to its loss as `t`.
+
+    **Arguments:**
+
+    - `key`: of this training step.
+    - `steps`: of the schedule.
+    - `batch_size`: number of examples; both at least 1, else `ValueError`.
+
+    **Returns:**
+
+    Indices of the schedule, 0 to `steps - 1`.
+
+    ??? cite
+
+        Of a continuous time: appendix I.1 of [Kingma et al. 2021](https://arxiv.org/abs/2107.00630).
     """
     check_positive(steps=steps, batch_size=batch_size)
     draw_key, order_key = jax.random.split(key)
@@ -67,7 +81,17 @@ class LossSecondMoment(eqx.Module):
         self, key: PRNGKeyArray, batch_size: int
     ) -> tuple[Int[Array, " batch_size"], Float[Array, " batch_size"]]:
         """Steps for a batch, and the weights that keep the mean loss what it is under uniform
-        ones."""
+        ones.
+
+        **Arguments:**
+
+        - `key`: of this training step.
+        - `batch_size`: number of examples.
+
+        **Returns:**
+
+        Indices of the schedule, and `1 / (steps * probability)` of each.
+        """
         probabilities = self.probabilities
         steps = probabilities.shape[0]
         t = jax.random.categorical(key, jnp.log(probabilities), shape=(batch_size,))
@@ -76,8 +100,17 @@ class LossSecondMoment(eqx.Module):
     def update(
         self, t: Int[Array, " batch_size"], losses: Float[Array, " batch_size"]
     ) -> "LossSecondMoment":
-        """The sampler that has seen these (unweighted) losses too. Losses that are not finite are
-        left out."""
+        """The sampler that has seen these losses too.
+
+        **Arguments:**
+
+        - `t`: the steps that `sample` gave.
+        - `losses`: each example's, without its weight. Those that are not finite are left out.
+
+        **Returns:**
+
+        A new sampler; this one stays as it is.
+        """
 
         def add(state: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple:
             (history, counts), (t, loss) = state, pair

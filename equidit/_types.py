@@ -24,7 +24,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 Number = float | int | np.number
+"""A Python or NumPy number, known while tracing."""
 Scalar = Number | Float[Array, ""]
+"""A number that may be traced."""
 
 
 class Conditioning(eqx.Module):
@@ -67,7 +69,11 @@ class Network(Protocol):
 
 @runtime_checkable
 class Block(Protocol):
-    """A transformer block: anything called as `block(tokens, cond)` that keeps the shape."""
+    """A transformer block: anything called as `block(tokens, cond)` that keeps the shape.
+
+    `tokens` are one example's, `cond` its [`equidit.Conditioning`][]. The result has the shape and
+    dtype of `tokens`.
+    """
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning, /
@@ -78,7 +84,8 @@ class Block(Protocol):
 class Loss(Protocol):
     """A training objective: anything called as `loss(network, example, key)`, for one example.
 
-    `example` is one element of the batch (any pytree) and `key` is that example's own.
+    `network` is what is trained, `example` one element of the batch (any pytree) and `key` that
+    example's own. The result is one number, whose mean over the batch is minimised.
     """
 
     def __call__(self, network: Any, example: PyTree, key: PRNGKeyArray, /) -> Float[Array, ""]: ...

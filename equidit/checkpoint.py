@@ -11,7 +11,16 @@ from ._record import CheckpointError as CheckpointError
 
 
 def fingerprint(tree: Any) -> str:
-    """Eight hexadecimal digits that depend on every bit, name, shape and dtype of the arrays."""
+    """Eight hexadecimal digits that depend on every bit, name, shape and dtype of the arrays.
+
+    **Arguments:**
+
+    - `tree`: any pytree; its leaves that are no arrays are left out.
+
+    **Returns:**
+
+    The digits. They do not depend on how the arrays are divided among devices.
+    """
     arrays = {name: jnp.asarray(leaf) for name, leaf in named(tree).items()}
     hashes = fingerprints(arrays) if arrays else {}
     lines = [f"{name} {arrays[name].dtype} {arrays[name].shape} {h}" for name, h in hashes.items()]

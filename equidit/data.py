@@ -21,33 +21,63 @@ from ._images import (
 from ._latents import LatentCache as LatentCache, open_latents as open_latents
 
 DIGITS_SHAPE = (1, 8, 8)
+"""Channels, height and width of [`equidit.data.digits`][]."""
 DIGITS_CLASSES = 10
+"""The number of their classes."""
 
 
 class Images(NamedTuple):
     """Images and their labels: one, a batch, or a whole data set in memory.
 
-    Floats are in [-1, 1]; bytes, which are a quarter to send to a device, are scaled there.
+    **Fields:**
+
+    - `image`: floats in [-1, 1], or bytes, which are a quarter to send to a device and are scaled
+        there.
+    - `label`: classes from 0.
     """
 
     image: Num[np.ndarray, "*batch channels height width"]
     label: Integer[np.ndarray, "*batch"]
 
     def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
-        """The clean example to be diffused. `key` is not read."""
+        """The clean example to be diffused, of one image.
+
+        **Arguments:**
+
+        - `key`: not read.
+
+        **Returns:**
+
+        The image in [-1, 1].
+        """
         image = jnp.asarray(self.image)
         return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
 
 
 class Latents(NamedTuple):
-    """Moments of latents, in the units that a DiT sees, and their labels: one, or a batch."""
+    """Moments of latents, in the units that a DiT sees, and their labels: one, or a batch.
+
+    **Fields:**
+
+    - `mean`, `std`: of the latent's normal distribution.
+    - `label`: classes from 0.
+    """
 
     mean: Float[np.ndarray, "*batch channels height width"]
     std: Float[np.ndarray, "*batch channels height width"]
     label: Integer[np.ndarray, "*batch"]
 
     def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
-        """The clean example to be diffused: a latent drawn with `key`."""
+        """The clean example to be diffused, of one picture.
+
+        **Arguments:**
+
+        - `key`: of this example and this training step.
+
+        **Returns:**
+
+        A latent drawn with it.
+        """
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         return mean + std * jax.random.normal(key, mean.shape, mean.dtype)
 
@@ -62,16 +92,41 @@ class Source(Protocol):
 
     label: Any
 
-    def read(self, index: int, rng: np.random.Generator, /) -> Any: ...
+    def read(self, index: int, rng: np.random.Generator, /) -> Any:
+        """One example.
+
+        **Arguments:**
+
+        - `index`: 0 to `len(label) - 1`.
+        - `rng`: the only source of chance, so that a run can be repeated.
+
+        **Returns:**
+
+        A pytree of NumPy arrays, such as [`equidit.data.Images`][].
+        """
+        ...
 
 
 class ArraySource:
     """Images in memory."""
 
     def __init__(self, images: Images):
+        """**Arguments:**
+
+        - `images`: all of them, with a first axis of examples.
+        """
         self.images, self.label = images, images.label
 
     def read(self, index: int, rng: np.random.Generator) -> Images:
+        """**Arguments:**
+
+        - `index`: of the example, from 0.
+        - `rng`: not read.
+
+        **Returns:**
+
+        One image and its label.
+        """
         return Images(self.images.image[index], self.images.label[index])
 
 
@@ -79,12 +134,30 @@ class FolderSource:
     """Pictures of a folder, as squares of bytes, every other one mirrored."""
 
     def __init__(self, folder: ImageFolder, size: int, *, small: Small = "refuse"):
-        """**Arguments:** see [`equidit.data.image_folder`][] and [`equidit.data.read_image`][]."""
+        """**Arguments:**
+
+        - `folder`: what [`equidit.data.image_folder`][] lists.
+        - `size`, `small`: of the square, and what to do with pictures that are smaller: see
+            [`equidit.data.read_image`][].
+        """
         self.folder, self.size = folder, size
         self.small: Small = small
         self.label = folder.label
 
     def read(self, index: int, rng: np.random.Generator) -> Images:
+        """**Arguments:**
+
+        - `index`: of the example, from 0.
+        - `rng`: decides whether the picture is mirrored.
+
+        **Returns:**
+
+        One picture as bytes, and its label.
+
+        **Raises:**
+
+        [`equidit.data.ImageError`][], naming the example and the file.
+        """
         mirrored = rng.random() < 0.5
         path = self.folder.root / self.folder.files[index]
         try:
@@ -100,13 +173,25 @@ class LatentSource:
     """A cache of latents, every other one of the mirrored picture. Skipped ones are left out."""
 
     def __init__(self, path: Path):
-        """**Arguments:** see [`equidit.data.open_latents`][]."""
+        """**Arguments:**
+
+        - `path`: the folder, for [`equidit.data.open_latents`][].
+        """
         self.path = path
         self.cache = open_latents(path)
         self.rows = np.flatnonzero(self.cache.label >= 0)
         self.label = np.asarray(self.cache.label[self.rows])
 
     def read(self, index: int, rng: np.random.Generator) -> Latents:
+        """**Arguments:**
+
+        - `index`: of the example, from 0.
+        - `rng`: decides whether the picture is mirrored.
+
+        **Returns:**
+
+        One picture's moments in float32, and its label.
+        """
         row, mirrored = self.rows[index], int(rng.random() < 0.5)
         mean, std = (
             np.asarray(moment[row, mirrored], np.float32)
@@ -126,15 +211,40 @@ class Subset:
     """Some examples of a source."""
 
     def __init__(self, source: Source, rows: Integer[np.ndarray, " size"]):
+        """**Arguments:**
+
+        - `source`: of which some examples are taken.
+        - `rows`: their indices in it.
+        """
         self.source, self.rows = source, rows
         self.label = np.asarray(source.label)[rows]
 
     def read(self, index: int, rng: np.random.Generator) -> Any:
+        """**Arguments:**
+
+        - `index`: of the example, from 0.
+        - `rng`: handed on to the source.
+
+        **Returns:**
+
+        The source's example.
+        """
         return self.source.read(int(self.rows[index]), rng)
 
 
 def held_out(source: Source, count: int, *, seed: int = 0) -> tuple[Subset, Subset]:
-    """Splits a source in two: the larger part, and `count` examples. Always the same for a seed."""
+    """Splits a source in two: the larger part, and `count` examples. Always the same for a seed.
+
+    **Arguments:**
+
+    - `source`: what is split.
+    - `count`: how many examples are held out; from 0 and below their number, else `ValueError`.
+    - `seed`: decides which.
+
+    **Returns:**
+
+    The examples for training, and those that are held out.
+    """
     size = len(source.label)
     if not 0 <= count < size:
         raise ValueError(f"count={count} must be below {size}, the number of examples")
@@ -270,6 +380,11 @@ def check_labels(label: Integer[np.ndarray, "*_"], num_classes: int) -> None:
     """`ValueError` naming the first label outside 0 to `num_classes - 1`.
 
     On the device an index out of range cannot raise, and `num_classes` itself is the null label.
+
+    **Arguments:**
+
+    - `label`: labels on the host, of any shape.
+    - `num_classes`: number of classes.
     """
     wrong = np.flatnonzero((np.ravel(label) < 0) | (np.ravel(label) >= num_classes))
     if len(wrong):

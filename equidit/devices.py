@@ -22,6 +22,7 @@ class Chip:
 
     **Fields:**
 
+    - `name`: what its maker calls it.
     - `kinds`: JAX's `device_kind`, as it begins.
     - `devices`: JAX's devices a chip. All else is of the whole chip.
     - `flops`: bfloat16 FLOP/s. `memory`: bytes. `bandwidth`: of the memory, bytes/s.
@@ -106,10 +107,20 @@ CHIPS = (
     Chip("L4", ("NVIDIA L4",), 1, 121e12, 24 * 10**9, 300e9, 0.0, 1, f"{_NVIDIA}/l4"),
     Chip("L40S", ("NVIDIA L40S",), 1, 362e12, 48 * 10**9, 864e9, 0.0, 1, f"{_NVIDIA}/l40s"),
 )
+"""The chips that are known: TPUs v2 to TPU7x, and NVIDIA's A100 to B200, L4 and L40S."""
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a device of that `device_kind`, by its longest beginning; `None` if unknown."""
+    """The chip of a device of that `device_kind`, by its longest beginning.
+
+    **Arguments:**
+
+    - `kind`: e.g. `jax.devices()[0].device_kind`.
+
+    **Returns:**
+
+    A row of [`equidit.devices.CHIPS`][], or `None` if unknown.
+    """
     found = [(len(k), chip) for chip in CHIPS for k in chip.kinds if _begins(kind, k)]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -125,6 +136,14 @@ def peak_flops(device: Any = None) -> float | None:
 
     A multiply-add is two FLOPs. For a CPU it is measured: the best rate of float32 products of
     1024x1024 matrices, of all of this process's CPU devices together, divided among them.
+
+    **Arguments:**
+
+    - `device`: one of JAX's; `None` is the first.
+
+    **Returns:**
+
+    FLOP/s.
     """
     device = device or jax.devices()[0]
     if device.platform == "cpu":

@@ -52,7 +52,9 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray
 
 
 class Guided(eqx.Module):
-    """A network under guidance, itself a network. Made by [`equidit.guide`][]."""
+    """A network under guidance, itself a network. Made by [`equidit.guide`][], whose arguments its
+    fields are.
+    """
 
     network: Any
     scale: Float[Array, ""]
@@ -68,6 +70,12 @@ class Guided(eqx.Module):
         t: Float[Array, ""] | Int[Array, ""],
         cond: PyTree,
     ) -> Float[Array, "out height width"]:
+        """**Arguments:** those of the [`equidit.Network`][].
+
+        **Returns:**
+
+        The guided prediction in the guided channels, the conditional one in the others.
+        """
         # Two calls rather than one doubled batch: the conditional one is then the same program as
         # without guidance, so that scale 1 is bit for bit the bare network.
         with_cond = self.network(x, t, cond)
@@ -139,6 +147,11 @@ def guide(
     **Returns:**
 
     A network, to be passed through `jit` as an argument like any other.
+
+    **Raises:**
+
+    `ValueError` for a scale that is not finite, for `channels` below 1 or beyond the output's, an
+    interval upside down, and `rescale` outside [0, 1].
 
     ??? cite
 

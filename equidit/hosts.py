@@ -44,7 +44,12 @@ def initialize(
 
 
 def is_main() -> bool:
-    """Whether this is process 0: the one to print and to write what is not written by all."""
+    """Whether this is process 0: the one to print and to write what is not written by all.
+
+    **Returns:**
+
+    `True` in one process of all, and where there is one alone.
+    """
     return jax.process_index() == 0
 
 

@@ -12,6 +12,15 @@ def frechet_distance(
     `|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, in the squared unit of the
     features. It is biased upwards for few samples: compare at equal numbers only.
 
+    **Arguments:**
+
+    - `a`, `b`: the features of one set and of the other, a row a sample. The number of samples may
+        differ; at least 2 each.
+
+    **Returns:**
+
+    The squared distance, at least 0, computed in float64.
+
     **Raises:**
 
     `ValueError` for fewer than 2 samples and for features that are not finite.
@@ -43,6 +52,14 @@ def nearest_distance(
 
     From samples to the training set it betrays memorisation where it is far below what held-out
     data have.
+
+    **Arguments:**
+
+    - `a`, `b`: features, a row a sample.
+
+    **Returns:**
+
+    The mean distance, in the unit of the features.
     """
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * a @ b.T
     return float(np.sqrt(np.maximum(squares.min(axis=1), 0)).mean())

@@ -94,6 +94,10 @@ def describe(path: StrPath, *, num_heads: int | None = None) -> Published:
         own arguments, or else by a file name that begins with `SiT`.
     - `num_heads`: as for `load_dit`. A folder's config has its own.
 
+    **Returns:**
+
+    What it holds.
+
     **Raises:**
 
     As those functions do for damaged files and other networks, as far as names and shapes tell;
@@ -136,6 +140,10 @@ def load_dit(
     - `ema`: whether to prefer the averaged weights of a checkpoint to the trained ones.
     - `arithmetic`: `"official"` or `"diffusers"`, see above.
 
+    **Returns:**
+
+    The network, with float32 weights.
+
     **Raises:**
 
     `FileNotFoundError`; `ValueError` if the file is damaged or holds anything but weights, if names
@@ -149,7 +157,21 @@ def load_dit(
 def from_state_dict(
     arrays: Mapping[str, Any], *, num_heads: int | None = None, arithmetic: str = "official"
 ) -> DiT:
-    """[`equidit.pretrained.load_dit`][] for arrays in memory, under the official names."""
+    """[`equidit.pretrained.load_dit`][] for arrays in memory, under the official names.
+
+    **Arguments:**
+
+    - `arrays`: NumPy, JAX or PyTorch arrays by name.
+    - `num_heads`, `arithmetic`: as for `load_dit`.
+
+    **Returns:**
+
+    The network, with float32 weights.
+
+    **Raises:**
+
+    `ValueError` as `load_dit` does.
+    """
     return _from_official(from_arrays(arrays), None, num_heads, arithmetic, "the state dict")
 
 
@@ -222,6 +244,10 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
         `transformer`.
     - `arithmetic`: `"official"` or `"diffusers"`, see above. For published weights the former is
         what they were trained in, for a model trained in diffusers the latter.
+
+    **Returns:**
+
+    The network, with float32 weights.
 
     **Raises:**
 
@@ -334,6 +360,10 @@ def load_vae(path: StrPath) -> Autoencoder:
     - `path`: a folder with `config.json` and `diffusion_pytorch_model.safetensors` or `.bin` (needs
         PyTorch), or a pipeline's folder with such a one as `vae`. Both generations of diffusers'
         names for the attention are read.
+
+    **Returns:**
+
+    The autoencoder, with float32 weights and the factors of its config.
 
     **Raises:**
 

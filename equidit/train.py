@@ -62,8 +62,14 @@ def init_state(
 
     **Arguments:**
 
+    - `network`: what is to be trained, any Module: its floating-point arrays are the parameters.
+    - `optimizer`: optax's.
     - `ema_names`: of several averages, e.g. the dictionary that `make_train_step` is given as
         `ema_decay`; each begins as a copy. `None` is one average.
+
+    **Returns:**
+
+    The state, for [`equidit.make_train_step`][].
     """
 
     def copy() -> PyTree:
@@ -88,7 +94,12 @@ def init_sharded(
 
     - `make_network`: e.g. `lambda: edt.build("DiT-XL/2", key=key)`. It is compiled, and the
         weights are those of a call outside, to float32 rounding.
+    - `optimizer`, `ema_names`: as for [`equidit.init_state`][].
     - `mesh`, `sharding`: as in [`equidit.make_train_step`][].
+
+    **Returns:**
+
+    The state, laid out over the mesh as [`equidit.shardings`][] says.
     """
     names = None if ema_names is None else tuple(ema_names)
 
@@ -102,7 +113,17 @@ def init_sharded(
 
 
 def cast(tree: Tree, dtype: DTypeLike) -> Tree:
-    """`tree` with its floating-point arrays in `dtype`; all else is left alone."""
+    """`tree` with its floating-point arrays in `dtype`; all else is left alone.
+
+    **Arguments:**
+
+    - `tree`: a network, or any pytree.
+    - `dtype`: e.g. `jnp.bfloat16`.
+
+    **Returns:**
+
+    A tree of the same structure.
+    """
     return jax.tree.map(
         lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
     )

@@ -28,11 +28,25 @@ class Gaussian(eqx.Module):
     log_variance: Float[Array, "channels height width"]
 
     def mode(self) -> Float[Array, "channels height width"]:
-        """The most probable latent: the mean."""
+        """The most probable latent.
+
+        **Returns:**
+
+        The mean.
+        """
         return self.mean
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
-        """A latent drawn with `key`."""
+        """A latent.
+
+        **Arguments:**
+
+        - `key`: that it is drawn with.
+
+        **Returns:**
+
+        One draw, in the shape and dtype of the mean.
+        """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(self.log_variance / 2) * noise
 
