@@ -30,7 +30,7 @@ from equidit._folder import Folder
 from equidit._storage import replace
 from equidit.checkpoint import Checkpoints
 
-from .common import write
+from .common import RESULTS, write
 from .kills import RATES
 
 LOG_EVERY, SAVE_EVERY = 4, 20
@@ -164,7 +164,7 @@ def second_interrupt(base: Path) -> str:
     trial = Trial(base, "digits")
     with trial.under_way() as (process,):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)  # two at once would be one
+        time.sleep(0.01)  # two at once would be one
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         if process.returncode == 0:
@@ -322,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--incidents", nargs="*", choices=INCIDENTS, default=list(INCIDENTS))
     options = parser.parse_args(arguments)
-    outcomes = {}
+    path = RESULTS / "incidents.json"
+    outcomes = json.loads(path.read_text())["outcomes"] if path.exists() else {}
     for name in (bar := tqdm(options.incidents)):
         bar.set_postfix_str(name)
         with tempfile.TemporaryDirectory() as base:

@@ -191,7 +191,10 @@ def run(arguments: Sequence[str]) -> int:
         print(f"equidit: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("equidit: interrupted; encode and sample --npz go on if given again", file=sys.stderr)
+        print(
+            "equidit: interrupted; train --resume, encode and sample --npz go on from here",
+            file=sys.stderr,
+        )
         return 130
 
 
