@@ -88,7 +88,7 @@ class Stack(eqx.Module):
             # The barriers against merging that prevent_cse adds are needless inside a scan.
             policy = _REMAT_POLICIES[remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, tokens, stacked)[0]
+        return jax.lax.scan(body, tokens, stacked, length=self.depth)[0]
 
     def unstack(self) -> list[Any]:
         """The blocks one by one, for a loop of your own.

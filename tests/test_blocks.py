@@ -287,6 +287,18 @@ def test_stack_takes_any_module():
     assert tree_allclose(layers(TOKENS[0], COND), x, 1e-5)
 
 
+def test_stack_takes_modules_without_arrays():
+    class Twice(eqx.Module):
+        def __init__(self, *, key):
+            pass
+
+        def __call__(self, tokens, cond):
+            return 2 * tokens
+
+    layers = edt.Stack(Twice, 3, key=jax.random.key(0))
+    assert tree_allclose(layers(TOKENS[0], COND), 8 * TOKENS[0])
+
+
 def test_remat_recomputes():
     def saved(remat):
         layers = stack(edt.AdaLNZeroBlock, remat)
