@@ -39,7 +39,7 @@ if reason := _missing():
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
     def end_headers(self):
@@ -49,7 +49,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    def handle_error(self, *args):
+    def handle_error(self, request, client_address):
         """Browsers hang up as they like."""
 
 
@@ -71,7 +71,8 @@ class Browser:
         from selenium import webdriver
 
         options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium") or ""
+        if chromium := shutil.which("chromium"):
+            options.binary_location = chromium
         for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
             options.add_argument(f"--{argument}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
