@@ -16,7 +16,7 @@ class Signatures(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """After all modules are read."""
-        shapes = {name: pkg[f"_schedule.{name}"].value for name in ALIASES}
+        shapes: dict[str, Any] = {name: pkg[f"_schedule.{name}"].value for name in ALIASES}
         for thing in _walk(pkg):
             if isinstance(thing, griffe.Function):
                 for parameter in thing.parameters:
@@ -60,7 +60,8 @@ def _add_init(cls: griffe.Class) -> None:
             default=field.value if isinstance(field.value, griffe.ExprConstant | str) else None,
         )
         for field in cls.members.values()
-        if field.is_attribute and field.annotation and "ClassVar" not in str(field.annotation)
+        if isinstance(field, griffe.Attribute) and field.annotation
+        if "ClassVar" not in str(field.annotation)
     ]
     this = griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword)
     cls.set_member(

@@ -19,7 +19,7 @@ def _described():
     """Every function and method on the API pages, and the docstring that describes it."""
     for name, thing in THINGS.items():
         if inspect.isroutine(thing):
-            yield name, thing, thing.__doc__
+            yield name, thing, f"{thing.__doc__}"
         elif inspect.isclass(thing):
             own = "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
             if own and not getattr(thing, "_is_protocol", False):
