@@ -22,6 +22,8 @@ class Signatures(griffe.Extension):
                 for parameter in thing.parameters:
                     parameter.annotation = _written_out(parameter.annotation, shapes)
                 thing.returns = _written_out(thing.returns, shapes)
+            elif isinstance(thing, griffe.Attribute):
+                thing.value = _written_out(thing.value, shapes)
             elif isinstance(thing, griffe.Class) and "__init__" not in thing.members:
                 _add_init(thing)
 
