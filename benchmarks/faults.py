@@ -33,7 +33,7 @@ import equidit as edt
 from equidit._fingerprint import fingerprint
 from equidit.checkpoint import CheckpointError, Checkpoints
 
-from .common import interleaved, median, write
+from .common import RESULTS, interleaved, median, write
 
 CONFIG = {"model": {"depth": 2}, "seed": 0}
 Case = tuple[str, Path, Callable[[Path], None]]
@@ -258,17 +258,18 @@ def cost(config: str) -> dict[str, float]:
     return figures
 
 
-@jax.jit
-def _random(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+def _random(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype)
     return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
 
 
 def measure_save(config: str, folder: Path) -> dict[str, float]:
     """The pause is what `save` takes to return; the first one compiles the fingerprints."""
     # Zero moments and gates, as at the start of training, would compress to nothing.
-    state = jax.tree.map(_random, training_state(config))
+    state = jax.tree.map(_random, eqx.filter_eval_shape(training_state, config))
     jax.block_until_ready(state)
     pauses, totals = [], []
     with Checkpoints(folder, keep_last=1) as checkpoints:
@@ -361,7 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(MEASURED[part](config, Path(folder))))
         return
 
-    faults: dict[str, dict[str, int]] = {}
+    path = RESULTS / "faults.json"
+    before = json.loads(path.read_text()) if path.exists() else {"faults": {}, "costs": {}}
+    faults: dict[str, dict[str, int]] = before["faults"]
     for name in options.campaigns:
         faults |= CAMPAIGNS[name]()
     print("| fault | tried | outcome |\n|---|---|---|")
@@ -370,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {kind} | {sum(counts.values())} | {listed} |")
     seconds = fingerprint_seconds()
     print(f"fingerprint of 256 MB: {median(seconds):.3f} s")
-    costs = {config: cost(config) for config in options.configs}
+    costs = before["costs"] | {config: cost(config) for config in options.configs}
     print("| config | state | on disk | pause | save | restore | peak memory | EMA | EMA read |")
     print("|---|---|---|---|---|---|---|---|---|")
     for config, row in costs.items():
