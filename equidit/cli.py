@@ -192,7 +192,8 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "equidit: interrupted; train --resume, encode and sample --npz go on from here",
+            "equidit: interrupted; train goes on with --resume, encode and sample --npz go on if "
+            "given again",
             file=sys.stderr,
         )
         return 130
