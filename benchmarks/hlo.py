@@ -186,7 +186,16 @@ class Program:
             given -= taken  # such a start's result holds its operands too
         listed = re.search(r"replica_groups=\{\{([\d,]*)\}", i.attributes)
         counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", i.attributes)
-        group = len(listed[1].split(",")) if listed else int(counted[2]) if counted else 0
+        # As newer compilers write it: the mesh's axes with their sizes, and those of the group.
+        named = re.search(r"replica_groups=mesh\[([^]]*)\]\s*\{([^}]*)\}", i.attributes)
+        group = 0
+        if listed:
+            group = len(listed[1].split(","))
+        elif counted:
+            group = int(counted[2])
+        elif named:
+            sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+            group = math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
         return Collective(i.opcode.removesuffix("-start"), max(taken, given), group, times)
 
     def traffic(self, *, once: bool = False) -> int:
