@@ -20,18 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from equidit import _run
 from equidit._folder import Folder
 from equidit._storage import replace
-from equidit.checkpoint import Checkpoints
 
+from . import kills
 from .common import RESULTS, write
-from .kills import RATES
 
 LOG_EVERY, SAVE_EVERY = 4, 20
 SETTINGS = (
@@ -56,7 +53,7 @@ class Trial:
     def __init__(self, base: Path, data: str, *more: str, count: int = 1, steps: int = 400):
         self.out, self.whole, self.cache = base / "run", base / "whole", base / "cache"
         self.words = [data, *SETTINGS.split(), "--steps", str(steps), *more]
-        self.count, self.steps = count, steps
+        self.count = count
 
     def start(self, out: Path, *words: str, code: str | None = None) -> list[subprocess.Popen[str]]:
         """Starts `equidit train` in as many processes as the trial has."""
@@ -85,9 +82,9 @@ class Trial:
         ]
 
     @contextlib.contextmanager
-    def under_way(self, *more: str, code: str | None = None) -> Iterator[list[Any]]:
+    def under_way(self, code: str | None = None) -> Iterator[list[Any]]:
         """The run's processes, once it has a checkpoint and some steps more."""
-        processes = self.start(self.out, *self.words, *more, code=code)
+        processes = self.start(self.out, *self.words, code=code)
         try:
             while len(Folder(self.out).rows()) < SAVE_EVERY / LOG_EVERY + 3:
                 time.sleep(0.02)
@@ -125,16 +122,13 @@ class Trial:
 
 def result(out: Path) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
     """The last state, and the rows of a run's rhythm; one that was stopped has others beside."""
-    settings, about = Folder(out).read()
-    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(_run.state_like(settings, about, None)).state
+    state, rows = kills.result(out)
     rhythm = {"loss": LOG_EVERY, "validation_loss": SAVE_EVERY}
-    rows = [
-        {name: value for name, value in row.items() if name not in RATES}
-        for row in Folder(out).rows()
+    return state, [
+        row
+        for row in rows
         if not any(name in row and row["step"] % every for name, every in rhythm.items())
     ]
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], rows
 
 
 def ended(process: subprocess.Popen[str], status: int | None, *said: str) -> str:

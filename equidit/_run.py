@@ -30,7 +30,7 @@ from ._settings import SCHEDULE_STEPS, Settings
 from ._storage import locked, replace
 from ._task import About, Task
 from ._types import Loss, Network
-from .checkpoint import Checkpoints
+from .checkpoint import CheckpointError, Checkpoints
 from .configs import build, num_macs
 from .data import Images, batches, digits
 from .devices import peak_flops
@@ -403,6 +403,8 @@ class _Run:
         with self._saving():
             if hosts.is_main():
                 _report.loss_curve(folder.loss, folder.rows())
+        # Apart: all hosts gather what is drawn, whatever became of the first one's curve.
+        with self._saving():
             if not last:
                 self._picture(state)
 
@@ -411,7 +413,7 @@ class _Run:
         """What becomes of a save that fails is a setting's to say."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, CheckpointError) as error:
             if self.settings.save_errors == "stop":
                 raise
             tell(str(error))
@@ -534,6 +536,7 @@ class _Trace:
                 f"profile={first} is not among the steps to do, {start + 1} to {steps}"
             )
         self.folder, self.first, self.running = folder, first, False
+        self.last = None if first is None else first + self.TRACED - 1
 
     def __enter__(self) -> None:
         pass
@@ -543,8 +546,8 @@ class _Trace:
             jax.profiler.start_trace(self.folder.profile)
             self.running = True
 
-    def after(self, step: int, metrics: PyTree) -> None:
-        if self.running and step == (self.first or 0) + self.TRACED - 1:
+    def after(self, step: int, metrics: Any) -> None:
+        if step == self.last:
             # The device is behind the host.
             jax.block_until_ready(metrics)
             self.__exit__()
