@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,8 +87,11 @@ class Trial:
         """The run's processes, once it has a checkpoint and some steps more."""
         processes = self.start(self.out, *self.words, code=code)
         try:
+            latest = time.monotonic() + 300
             while len(Folder(self.out).rows()) < SAVE_EVERY / LOG_EVERY + 3:
                 time.sleep(0.02)
+                if time.monotonic() > latest:
+                    raise TimeoutError("it has not come so far in 300 s")
                 if any(process.poll() is not None for process in processes):
                     raise RuntimeError(f"it ended by itself: {processes[0].communicate()[0]}")
             yield processes
@@ -138,6 +142,16 @@ def ended(process: subprocess.Popen[str], status: int | None, *said: str) -> str
         return f"WRONG: status {process.returncode}: {printed[-500:]}"
     missing = [words for words in said if words not in printed]
     return f"WRONG: nothing of {missing} in {printed[-500:]}" if missing else ""
+
+
+def says(process: subprocess.Popen[str], words: str) -> bool:
+    """Waits until a line has these words; a process that does not say them in 120 s is killed."""
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        return any(words in line for line in process.stdout or ())
+    finally:
+        timer.cancel()
 
 
 def asked_to_stop(number: signal.Signals) -> Callable[[Path], str]:
@@ -216,28 +230,29 @@ def worker_killed(base: Path) -> str:
     return wrong or trial.ends() or "status 1, checkpoint of the last step, same end"
 
 
-def disk_full(errors: str) -> Callable[[Path], str]:
+def disk_full(errors: str, steps: int, hosts: int = 1) -> Callable[[Path], str]:
     """No byte left on the file system for a while."""
 
     def befall(base: Path) -> str:
-        trial = Trial(
-            base, "digits", "--save-errors", errors, steps=2000 if errors == "warn" else 400
-        )
+        words = ["--save-errors", errors]
+        if hosts > 1:
+            words += ["--sharding", "fsdp"]  # so that they must gather what they draw from
+        trial = Trial(base, "digits", *words, count=hosts, steps=steps)
         trial.out.mkdir()
         size = ["-o", "size=4m"]
         subprocess.run(["mount", "-t", "tmpfs", *size, "tmpfs", str(trial.out)], check=True)
         ballast = trial.out / "ballast"
         try:
             wrong = ""
-            with trial.under_way() as (process,):
+            with trial.under_way() as processes:
                 fill(ballast)
                 if errors == "stop":
-                    wrong = ended(process, 1, "o space left")
-                else:
-                    time.sleep(2)
+                    wrong = ended(processes[0], 1, "o space left")
+                elif not says(processes[0], "could not be saved"):
+                    wrong = "WRONG: ended, or says nothing for 120 s"
                 ballast.unlink()
                 if errors == "warn":
-                    wrong = ended(process, 0, "could not be saved")
+                    wrong = wrong or ended(processes[0], 0)
             whole = wrong or trial.ends(all_rows=errors == "stop")
         finally:
             subprocess.run(["umount", "--lazy", str(trial.out)], check=True)
@@ -299,8 +314,9 @@ INCIDENTS: dict[str, Callable[[Path], str]] = {
     "kill -9 of the first of two hosts": one_of_two_killed(0),
     "kill -9 of the second of two hosts": one_of_two_killed(1),
     "kill -9 of a data worker": worker_killed,
-    "disk full, save_errors=stop": disk_full("stop"),
-    "disk full, save_errors=warn": disk_full("warn"),
+    "disk full, save_errors=stop": disk_full("stop", 400),
+    "disk full, save_errors=warn": disk_full("warn", 400),
+    "disk full on two hosts, save_errors=warn": disk_full("warn", 120, hosts=2),
     "the clock set back by a day": clock_set_back,
     "two runs in one folder": two_in_one_folder,
     "leftover temporary folders": left_over,

@@ -3,7 +3,8 @@
 On one device. FLOPs are those of the model's matrix products, two a multiply-add: a forward pass,
 three for a training step (what remat computes again does not count), two for every step of a guided
 sample. Their share of the device's peak bfloat16 rate is the MFU, for float32 too; on a
-CPU the peak is the best rate of a float32 matrix product, measured in turns with the case. Peak
+CPU the peak is the best rate of a float32 matrix product so far, measured in turns with the cases.
+A call is made once to warm up, unless that takes more than a minute: then it counts, alone. Peak
 memory is what the compiler reserves. A batch that does not fit is recorded, and ends its sweep.
 """
 
@@ -26,7 +27,7 @@ import equidit as edt
 from equidit import diffusion as dfn
 from equidit.devices import CHIPS, chip_of
 
-from .common import RESULTS, config_names, machine, median, writable, write
+from .common import RESULTS, config_names, interleaved, machine, median, writable, write
 from .report import Report, Row, gib, number, write_report
 from .train_step import matmul
 
@@ -36,6 +37,8 @@ LATENT = {256: 32, 512: 64}
 MATMUL_SIZE = 2048
 # On a CPU a larger batch is no faster, and its memory is that of the machine.
 MAX_BATCH_SIZE = {"cpu": 8}
+# Seconds after which a call is too long for its warm-up to show in it, or for repetitions.
+LONG = 60.0
 
 
 def network_of(name: str, remat: str = "none", *, quick: bool = False) -> Any:
@@ -116,14 +119,17 @@ def measure(
         for repetition in range(repetitions + 1):
             start = time.perf_counter()
             result = jax.block_until_ready(compiled(*arguments))
-            if repetition:  # the first warms up
-                seconds.append(time.perf_counter() - start)
+            spent = time.perf_counter() - start
+            if repetition or spent > LONG:  # the first warms up
+                seconds.append(spent)
             if feeds_back:
                 arguments[0] = result[0]
             del result
             start = time.perf_counter()
             jax.block_until_ready(other())
             others.append(time.perf_counter() - start)
+            if spent > LONG:
+                break
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -162,6 +168,7 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
     """A row for every case, the sweep of a program ending where memory does."""
     device, side = jax.devices()[0], LATENT[options.resolution]
     other = matmul(MATMUL_SIZE) if device.platform == "cpu" else lambda: None
+    products = interleaved({"matmul": other}, options.repetitions)["matmul"]
     for name in names:
         programs = options.programs
         if options.quick and name != names[0]:
@@ -171,17 +178,20 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
                 network = network_of(name, remat, quick=options.quick)
                 for batch_size in sizes(options, device.platform):
                     bar.set_postfix_str(f"{name} {program} {dtype} {remat} {batch_size}")
+                    found: Row
                     try:
                         case = program_of(
                             program, network, DTYPES[dtype], inputs(batch_size, side), options.steps
                         )
                         found = measure(*case, options.repetitions, other)
+                        products += found.get("matmul_seconds", [])
                         del case
                     except Exception as error:  # already the state may be too large
                         if not out_of_memory(error):
                             raise
                         found = {"error": "out of memory", "message": str(error)[:300]}
                     bar.update()
+                    peak = peak_of(device, products)
                     yield {
                         "config": name,
                         "program": program,
@@ -191,7 +201,7 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
                         "batch_size": batch_size,
                         "steps": options.steps if program == "sample" else None,
                         **found,
-                        **rates(found, device, name, program, batch_size, side, options.steps),
+                        **rates(found, peak, name, program, batch_size, side, options.steps),
                     }
                     jax.clear_caches()
                     if found["error"]:
@@ -199,13 +209,19 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
 
 
 def rates(
-    found: Row, device: Any, name: str, program: str, batch_size: int, side: int, steps: int
+    found: Row,
+    peak_and_source: tuple[float | None, str],
+    name: str,
+    program: str,
+    batch_size: int,
+    side: int,
+    steps: int,
 ) -> Row:
     """What follows from the seconds."""
     if found["error"]:
         return {}
     flops = model_flops(name, program, batch_size, side, steps) / median(found["seconds"])
-    peak, source = peak_of(device, found["matmul_seconds"])
+    peak, source = peak_and_source
     return {
         "images_per_second": batch_size / median(found["seconds"]),
         "steps_per_second": 1 / median(found["seconds"]),

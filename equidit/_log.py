@@ -7,6 +7,7 @@ from typing import Any
 
 from ._common import extra
 from ._folder import Folder
+from ._storage import append
 
 with extra("train"):
     from tensorboardX import SummaryWriter
@@ -65,8 +66,7 @@ class Log:
         """Adds a row to metrics.jsonl, and its numbers to TensorBoard."""
         if self.events is None:
             return
-        with open(self.folder.metrics, "a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+        append(self.folder.metrics, json.dumps({"step": step} | row) + "\n")
         for name, value in row.items():
             numbers = {name: value}
             if isinstance(value, list):

@@ -1,10 +1,8 @@
 """A training run in a folder: what it computes, and how it begins, goes on and ends."""
 
-import collections
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -19,22 +17,23 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from . import _report, _task, diffusion as dfn, hosts
 from ._common import extra
 from ._folder import Folder
 from ._log import Log
+from ._losses import hybrid_loss, validation
 from ._sampling import Sampling, draw
 from ._settings import SCHEDULE_STEPS, Settings
 from ._storage import locked, replace
 from ._task import About, Task
-from ._types import Loss, Network
+from ._types import Network
+from ._watch import Guard, Interrupts, Trace
 from .checkpoint import CheckpointError, Checkpoints
 from .configs import build, num_macs
 from .data import Images, batches, digits
 from .devices import peak_flops
-from .guidance import drop_label
 from .train import TrainState, ema_warmup, init_sharded, init_state, make_train_step, shardings
 
 with extra("train"):
@@ -62,105 +61,6 @@ _FREE = {
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """The paper's: Adam without weight decay, warm-up or clipping."""
     return optax.adam(settings.learning_rate)
-
-
-def hybrid_loss(schedule: dfn.Schedule, num_classes: int, label_dropout: float) -> Loss:
-    """The paper's objective: the hybrid loss, with labels dropped now and then."""
-
-    def loss(network: Network, example: Any, key: PRNGKeyArray) -> Float[Array, ""]:
-        clean_key, drop_key, diffusion_key = jax.random.split(key, 3)
-        label = drop_label(example.label, num_classes, label_dropout, key=drop_key)
-        clean = example.clean(clean_key)
-        return dfn.hybrid_loss(network, schedule, clean, label, key=diffusion_key)
-
-    return loss
-
-
-@eqx.filter_jit
-def validate(
-    network: Network, schedule: dfn.Schedule, examples: PyTree, key: PRNGKeyArray, mesh: Mesh | None
-) -> Float[Array, "batch quartiles"]:
-    """The hybrid loss of examples, at one fixed step from each quartile of the schedule."""
-
-    def terms(network: Network, example: Any, index: Array) -> Float[Array, " quartiles"]:
-        clean_key, step_key, noise_key = jax.random.split(jax.random.fold_in(key, index), 3)
-        clean = example.clean(clean_key)
-        quarter = schedule.steps // 4
-        t = jax.random.randint(step_key, (4,), 0, quarter) + quarter * jnp.arange(4)
-        noise = jax.random.normal(noise_key, (4, *clean.shape))
-
-        def term(t: Array, noise: Array) -> Float[Array, ""]:
-            return dfn.hybrid_loss(
-                network, schedule, clean, example.label, key=step_key, t=t, noise=noise
-            )
-
-        return jax.vmap(term)(t, noise)
-
-    many = jax.vmap(terms, (None, 0, 0))
-    index = jnp.arange(examples.label.shape[0])
-    if mesh is None:
-        return many(network, examples, index)
-    arrays, static = eqx.partition(network, eqx.is_array)
-    everywhere, shared = PartitionSpec(), PartitionSpec("data")
-    losses = jax.shard_map(
-        lambda arrays, *rest: many(eqx.combine(arrays, static), *rest),
-        mesh=mesh,
-        in_specs=(everywhere, shared, shared),
-        out_specs=shared,
-    )(arrays, examples, index)
-    return jax.lax.with_sharding_constraint(losses, NamedSharding(mesh, everywhere))
-
-
-def validation(
-    settings: Settings, state: TrainState, held_out: Any, mesh: Mesh | None
-) -> dict[str, Any]:
-    """A row of metrics.jsonl: the EMA's loss on the held-out examples."""
-    if held_out is None:
-        return {}
-    count, devices = len(held_out.label), jax.device_count()
-    # Filled up, so that the devices divide them.
-    rows = np.arange(-(-count // devices) * devices) % count
-    examples = jax.tree.map(lambda leaf: leaf[rows], held_out)
-    if mesh is not None:
-        shared = NamedSharding(mesh, PartitionSpec("data"))
-        examples = jax.tree.map(
-            lambda a: jax.make_array_from_callback(a.shape, shared, lambda index: a[index]),
-            examples,
-        )
-    schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
-    losses = validate(state.ema, schedule, examples, settings.key(2), mesh)
-    # On the host, in an order that no number of devices changes.
-    quartiles = np.asarray(losses, np.float64)[:count].mean(axis=0)
-    return {
-        "validation_loss": float(quartiles.mean()),
-        "validation_loss_by_quartile": quartiles.tolist(),
-    }
-
-
-class Interrupts:
-    """Within `with`, the first Ctrl-C or SIGTERM only asks for a stop; a second acts as usual."""
-
-    requested = False
-
-    def __enter__(self) -> "Interrupts":
-        # On many hosts JAX itself hears SIGTERM, and has all of them agree on a step.
-        signals = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
-        self.previous = {number: signal.signal(number, self._request) for number in signals}
-        return self
-
-    def _request(self, number: int, _: Any) -> None:
-        self.requested = True
-        self.__exit__()
-
-    def stop(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def new_state(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
@@ -236,7 +136,7 @@ def train(
     if not resume:
         # What is wrong is said before a file is written.
         run.check()
-        _Trace(folder, profile, 0, settings.steps)
+        Trace(folder, profile, 0, settings.steps)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every process has checked the folder")
     with run.opened(overwrite=overwrite) as state:
@@ -332,7 +232,7 @@ class _Run:
         settings, folder = self.settings, self.folder
         start, key = int(state.step), settings.key(1)
         flops = self._flops()
-        guard = _Guard(settings.max_skipped)
+        guard = Guard(settings.max_skipped)
         corrupt = 0
         log = Log(
             folder,
@@ -341,7 +241,7 @@ class _Run:
             batch_size=settings.batch_size,
             main=hosts.is_main(),
         )
-        trace = _Trace(folder, profile, start, settings.steps)
+        trace = Trace(folder, profile, start, settings.steps)
         with Interrupts() as interrupts, log, self.stream(start) as stream, trace:
             for done in range(start + 1, settings.steps + 1):
                 begun = time.perf_counter()
@@ -467,31 +367,6 @@ class _Run:
         )
 
 
-class _Guard:
-    """Counts steps that were not finite, a few steps late, so that nothing waits for the device."""
-
-    def __init__(self, limit: int):
-        self.pending: collections.deque[Array] = collections.deque()
-        self.in_a_row, self.total, self.limit = 0, 0, limit
-
-    def add(self, skipped: Array) -> None:
-        self.pending.append(skipped)
-        if len(self.pending) > 4:
-            self._look()
-
-    def count(self) -> int:
-        """How many there were since the last call."""
-        while self.pending:
-            self._look()
-        total, self.total = self.total, 0
-        return total
-
-    def _look(self) -> None:
-        skipped = bool(self.pending.popleft())
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-
 def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """All of every array on every host."""
     if mesh is None:
@@ -523,39 +398,6 @@ def tell(message: str) -> None:
     """Says something beside the progress bar."""
     if hosts.is_main():
         tqdm.write(f"equidit: {message}", file=sys.stderr)
-
-
-class _Trace:
-    """Traces `TRACED` steps from `first` on, or as many as there are, for TensorBoard to show."""
-
-    TRACED = 5
-
-    def __init__(self, folder: Folder, first: int | None, start: int, steps: int):
-        if first is not None and not start < first <= steps:
-            raise ValueError(
-                f"profile={first} is not among the steps to do, {start + 1} to {steps}"
-            )
-        self.folder, self.first, self.running = folder, first, False
-        self.last = None if first is None else first + self.TRACED - 1
-
-    def __enter__(self) -> None:
-        pass
-
-    def before(self, step: int) -> None:
-        if step == self.first:
-            jax.profiler.start_trace(self.folder.profile)
-            self.running = True
-
-    def after(self, step: int, metrics: Any) -> None:
-        if step == self.last:
-            # The device is behind the host.
-            jax.block_until_ready(metrics)
-            self.__exit__()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.running:
-            self.running = False
-            jax.profiler.stop_trace()
 
 
 def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:

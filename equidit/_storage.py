@@ -27,6 +27,18 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def append(path: Path, text: str) -> None:
+    """Adds to a text file. If that fails, nothing of it stays."""
+    with open(path, "ab", buffering=0) as file:
+        size, rest = file.tell(), text.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock file, which a killed process gives up: `FileExistsError` if another has it."""

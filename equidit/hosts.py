@@ -17,7 +17,9 @@ def initialize(
     """Connects this process with the others, before anything else is done with JAX.
 
     Without arguments JAX finds out by itself, from the environment, on TPU pods and under SLURM,
-    Open MPI and Kubernetes. A program for one process does not call this.
+    Open MPI and Kubernetes. Under SLURM and Open MPI each process then takes one GPU, that of its
+    number on its host: start as many on a host as it has GPUs. A program for one process does not
+    call this.
 
     **Arguments:**
 

@@ -61,3 +61,5 @@ def test_bad_input():
         edt.hosts.global_batch(np.ones(12), MESH)
     with pytest.raises(ValueError, match=r"num_processes=2.*belong together"):
         edt.hosts.initialize("127.0.0.1:1", 2)
+    with pytest.raises(ValueError, match="heartbeat"):
+        edt.hosts.initialize(heartbeat=0)

@@ -53,6 +53,8 @@ TOP = [
     "_task",
     "_folder",
     "_log",
+    "_losses",
+    "_watch",
     "_run",
     "_source",
     "_npz",

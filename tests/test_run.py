@@ -234,7 +234,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_in_the_end(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "disk full, save_errors=warn",
+        "disk full on two hosts, save_errors=warn",
         "kill -9 of a data worker",
         "kill -9 of the second of two hosts",
     ],

@@ -1,10 +1,12 @@
 """Files that are whole or absent, locks, and fingerprints of trees."""
 
+import resource
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equidit._storage import locked, replace, replacing
+from equidit._storage import append, locked, replace, replacing
 from equidit.checkpoint import fingerprint
 
 
@@ -23,6 +25,21 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     replace(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_line_that_does_not_fit_leaves_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    append(path, "first\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append(path, "second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "first\n"
+    append(path, "third\n")
+    assert path.read_text() == "first\nthird\n"
 
 
 def test_a_lock_is_held_by_one(tmp_path):
