@@ -1,9 +1,12 @@
 """How fast are the forward pass and the training step beside PyTorch's, at the same sizes?
 
 Against diffusers' DiTTransformer2DModel, and the paper's arithmetic in plain PyTorch modules
-(plain_torch.py), each eager and under torch.compile. All have the same weights, float32, batch,
+(plain_torch.py), each eager and under torch.compile. All have the same weights, dtype, batch,
 output channels and loss (the noise's mean squared error at random steps), Adam and the EMA, and as
-many threads. Each has a process of its own, and all take turns, so that noise of the machine falls
+many threads; bfloat16 means weights in it for the forward pass, and for training a float32 state of
+which a copy is cast (equidit) or autocast (PyTorch). All run on JAX's default device, a CPU or a
+GPU; on a GPU float32 products may use TF32 on both sides, as JAX's do by default. Each has a
+process of its own, and all take turns, so that noise of the machine falls
 on all alike. A turn is one run that is not timed and one that is, as in training, where a step
 follows a step: after a pause the machine may first have to find the memory again. CPU time is given
 beside wall time. On a busy machine PyTorch's threads lose much of both in waiting for one another:
@@ -12,6 +15,7 @@ pages, for all sides. Ratios are medians over the turns.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -34,6 +38,7 @@ from equidit import diffusion as dfn, pretrained
 
 from .common import RESULTS, config_names, machine, median, writable, write
 from .report import Report, write_report
+from .throughput import DTYPES
 
 SIDES = ("equidit", "diffusers", "diffusers compiled", "plain", "plain compiled")
 TASKS = ("forward", "train")
@@ -54,7 +59,7 @@ def write_inputs(folder: Path, name: str, batch_size: int) -> None:
     np.savez(folder / "inputs.npz", x=x, t=t, label=label)
 
 
-def ours(folder: Path) -> tuple[Tasks, dict[str, Any]]:
+def ours(folder: Path, dtype: str) -> tuple[Tasks, dict[str, Any]]:
     """The tasks, and the outputs in the official arithmetic and in that of diffusers."""
     inputs = np.load(folder / "inputs.npz")
     x = jnp.asarray(inputs["x"])
@@ -64,13 +69,14 @@ def ours(folder: Path) -> tuple[Tasks, dict[str, Any]]:
         kind: pretrained.load_diffusers_dit(folder / "dit", arithmetic=kind)
         for kind in ("official", "diffusers")
     }
-    outputs = {kind: forward(network, x, t, label) for kind, network in networks.items()}
+    fast = {kind: edt.cast(network, jnp.dtype(dtype)) for kind, network in networks.items()}
+    outputs = {kind: forward(network, x, t, label) for kind, network in fast.items()}
     network, schedule, optimizer = networks["official"], dfn.Schedule(BETAS), optax.adam(1e-4)
 
     def loss(network: Any, example: Any, key: Any) -> Any:
         return dfn.simple_loss(network, schedule, *example, key=key)
 
-    step = edt.make_train_step(loss, optimizer)
+    step = edt.make_train_step(loss, optimizer, dtype=DTYPES[dtype])
     # A copy: the step takes over what it is given.
     state = edt.init_state(jax.tree.map(jnp.copy, network), optimizer)
 
@@ -80,70 +86,88 @@ def ours(folder: Path) -> tuple[Tasks, dict[str, Any]]:
         return jax.block_until_ready(metrics["loss"])
 
     tasks = {
-        "forward": lambda: jax.block_until_ready(forward(network, x, t, label)),
+        "forward": lambda: jax.block_until_ready(forward(fast["official"], x, t, label)),
         "train": train,
     }
     return tasks, outputs
 
 
-def theirs(folder: Path, name: str, side: str, threads: int) -> tuple[Tasks, dict[str, Any]]:
+def theirs(folder: Path, options: Any) -> tuple[Tasks, dict[str, Any]]:
     """The same in PyTorch."""
     import torch
     from safetensors.torch import load_file
 
-    torch.set_num_threads(threads)
+    place = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    half = options.dtype == "bfloat16"
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")  # says nothing to a CPU
     torch.manual_seed(0)
-    inputs = {n: torch.from_numpy(a) for n, a in np.load(folder / "inputs.npz").items()}
-    x, t, label = inputs["x"], inputs["t"], inputs["label"]
-    if side.startswith("plain"):
+    inputs = np.load(folder / "inputs.npz")
+    x, t, label = (torch.from_numpy(inputs[n]).to(place) for n in ("x", "t", "label"))
+    if options.side.startswith("plain"):
         from .plain_torch import from_diffusers
 
         weights = load_file(folder / "dit" / "diffusion_pytorch_model.safetensors")
-        model: Any = from_diffusers(edt.CONFIGS[name], weights)
+        model: Any = from_diffusers(edt.CONFIGS[options.configs[0]], weights)
     else:
         diffusers: Any = importlib.import_module("diffusers")
         model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "dit")
-    model.eval()  # no label dropout of its own, as on the other sides
+    model = model.to(place).eval()  # no label dropout of its own, as on the other sides
 
-    def call(x: Any, t: Any, label: Any) -> Any:
-        if side.startswith("plain"):
-            return model(x, t, label)
-        return model(x, timestep=t, class_labels=label, return_dict=False)[0]
+    def caller(model: Any) -> Any:
+        def call(x: Any, t: Any, label: Any) -> Any:
+            if options.side.startswith("plain"):
+                return model(x, t, label)
+            return model(x, timestep=t, class_labels=label, return_dict=False)[0]
 
-    run = torch.compile(call) if side.endswith("compiled") else call
+        return torch.compile(call) if options.side.endswith("compiled") else call
+
+    run = caller(model)
+    run_fast = caller(copy.deepcopy(model).to(torch.bfloat16)) if half else run
+    x_fast = x.to(torch.bfloat16) if half else x
     foreach_lerp: Any = vars(torch)["_foreach_lerp_"]
-    kept = torch.tensor(np.cumprod(1 - BETAS), dtype=torch.float32)
+    kept = torch.tensor(np.cumprod(1 - BETAS), dtype=torch.float32, device=place)
     parameters = [p.requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
     ema = [p.detach().clone() for p in parameters]
 
+    def finish() -> None:
+        if place == "cuda":
+            torch.cuda.synchronize()
+
     def forward() -> Any:
         with torch.no_grad():
-            return run(x, t, label)
+            output = run_fast(x_fast, t, label)
+        finish()
+        return output
 
     def train() -> float:
-        t, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
+        t, noise = torch.randint(0, 1000, (len(x),), device=place), torch.randn_like(x)
         share = kept[t][:, None, None, None]
         noisy = share.sqrt() * x + (1 - share).sqrt() * noise
-        loss = (run(noisy, t, label)[:, : x.shape[1]] - noise).square().mean()
+        with torch.autocast(place, torch.bfloat16, enabled=half):
+            output = run(noisy, t, label)
+        loss = (output[:, : x.shape[1]].float() - noise).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             foreach_lerp(ema, parameters, 1 - 0.9999)
+        finish()
         return loss.item()
 
-    return {"forward": forward, "train": train}, {"output": forward().numpy()}
+    output = forward().float().cpu().numpy()
+    return {"forward": forward, "train": train}, {"output": output}
 
 
 def work(options: Any) -> None:
     """Runs a task for every line that is read, and answers with its seconds and CPU seconds."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if options.device == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     start = time.perf_counter()
-    folder, name, side = options.folder, options.configs[0], options.side
-    made = ours(folder) if side == SIDES[0] else theirs(folder, name, side, options.threads)
-    tasks, outputs = made
-    np.savez(folder / f"{side}.npz", **outputs)
+    folder, mine = options.folder, options.side == SIDES[0]
+    tasks, outputs = ours(folder, options.dtype) if mine else theirs(folder, options)
+    np.savez(folder / f"{options.side}.npz", **outputs)
     for task in TASKS:
         for _ in range(2):
             tasks[task]()
@@ -156,6 +180,22 @@ def work(options: Any) -> None:
         print(json.dumps({"wall": wall, "cpu": cpu}), flush=True)
 
 
+def device_of(backend: str) -> str:
+    """Where all sides run: `SystemExit` where PyTorch cannot."""
+    if backend not in ("cpu", "gpu"):
+        raise SystemExit(
+            f"PyTorch has no {backend} to be compared on: JAX_PLATFORMS=cpu compares on the CPU"
+        )
+    if backend == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit(
+                "this PyTorch sees no GPU: install a build with CUDA, or set JAX_PLATFORMS=cpu"
+            )
+    return backend
+
+
 def measure(
     folder: Path, name: str, sides: Sequence[str], options: argparse.Namespace, bar: Any
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, float]]:
@@ -164,6 +204,7 @@ def measure(
     for side in sides:
         command = [sys.executable, "-m", "benchmarks.compare", "--threads", str(options.threads)]
         command += ["--side", side, "--folder", str(folder), "--configs", name]
+        command += ["--dtype", options.dtype, "--device", options.device]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
         if options.huge_pages:
@@ -206,7 +247,8 @@ def compared(its: list[Any], ours: list[Any]) -> dict[str, Any]:
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a new measurement replaces an old one of."""
-    return tuple(row[key] for key in ("threads", "huge_pages", "config", "task", "side"))
+    keys = ("dtype", "threads", "huge_pages", "batch_size", "config", "task", "side")
+    return tuple(row[key] for key in keys)
 
 
 REPORT = Report(
@@ -214,6 +256,8 @@ REPORT = Report(
     columns={
         "config": lambda row: row["config"],
         "task": lambda row: row["task"],
+        "dtype": lambda row: row["dtype"],
+        "batch": lambda row: str(row["batch_size"]),
         "threads": lambda row: str(row["threads"]),
         "huge pages": lambda row: "yes" if row["huge_pages"] else "no",
         "against": lambda row: row["side"],
@@ -226,7 +270,7 @@ REPORT = Report(
     mark=lambda row: row["ratio_cpu"],
     mark_label="in CPU time",
     label=lambda row: (
-        f"{row['config']} {row['task']} {row['side']} {row['threads']} threads"
+        f"{row['config']} {row['task']} {row['dtype']} {row['side']} {row['threads']} threads"
         + ", huge pages" * row["huge_pages"]
     ),
     unit="its wall time / equidit's (above 1: equidit is faster)",
@@ -243,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--configs", nargs="+", default=["DiT-S/4", "DiT-S/2", "DiT-B/4"], help="of CONFIGS")
     add("--sides", nargs="+", choices=SIDES[1:], default=SIDES[1:], help="to compare with")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--batch-size", type=int, default=8)
     add("--threads", type=int, default=2)
     add("--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (Linux)")
@@ -250,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, help="folder to write to")
     add("--side", choices=SIDES, help="be the worker of one side")
     add("--folder", type=Path, help="of the worker's inputs")
+    add("--device", choices=("cpu", "gpu"), help="of the worker")
     options = parser.parse_args(arguments)
     if options.side is not None:
         work(options)
@@ -258,12 +304,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sides = [SIDES[0], *options.sides]
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("PyTorch is not installed: pip install torch 'equidit[pretrained]'")
+    # The sides share a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    options.device = device_of(jax.default_backend())
 
     from tqdm import tqdm
 
     path = folder / f"compare-{machine()}.json"
     rows = json.loads(path.read_text())["results"] if path.exists() else []
-    fixed = ("batch_size", "threads", "huge_pages", "repetitions")
+    fixed = ("dtype", "batch_size", "threads", "huge_pages", "repetitions")
     settings = {name: getattr(options, name) for name in fixed}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
     with tqdm(total=len(names) * (len(sides) + options.repetitions), disable=None) as bar:
@@ -281,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.sort(key=case_of)
             path = write(
                 path.stem,
-                {"others": versions, "dtype": "float32", "shape": [4, 32, 32], "results": rows},
+                {"others": versions, "shape": [4, 32, 32], "results": rows},
                 folder,
             )
     print(write_report(REPORT, folder))

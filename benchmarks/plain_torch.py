@@ -57,7 +57,6 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """`forward(x, t, label)` for a batch, channels first."""
 
-    frequencies: Tensor
     positions: Tensor
 
     def __init__(self, config: edt.Config, side: int = 32):
@@ -75,15 +74,14 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.out_channels = 2 * config.in_channels
         self.linear = nn.Linear(dim, self.patch**2 * self.out_channels)
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-        self.register_buffer("frequencies", frequencies, persistent=False)
         table = torch.tensor(edt.sincos_2d(dim, (self.side, self.side)).tolist())
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         tokens = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions
-        angle = t[:, None].float() * self.frequencies
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angle = t[:, None].float() * frequencies
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.label.weight.dtype)
         time = self.timestep["down"](F.silu(self.timestep["up"](features)))
         vector = time + self.label(label)
         for block in self.blocks:

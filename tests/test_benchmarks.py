@@ -14,6 +14,7 @@ from benchmarks import (
     __main__ as suite,
     aot,
     common,
+    compare,
     flops,
     hlo,
     report,
@@ -285,3 +286,31 @@ def test_plain_torch_is_the_same_network():
     with torch.no_grad():
         out = model(torch.zeros(2, 4, 32, 32), torch.tensor([1, 2]), torch.tensor([3, 1000]))
     assert out.shape == (2, 8, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-5), ("bfloat16", 8 * 2.0**-8)])
+def test_the_sides_of_a_comparison_agree(tmp_path, dtype, apart):
+    pytest.importorskip("torch")
+    small = ["--configs", "DiT-S/8", "--batch-size", "1", "--threads", "1", "--repetitions", "1"]
+    sides = ["--sides", "plain", "diffusers"]
+    compare.main([*small, *sides, "--dtype", dtype, "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("compare-*.json")
+    rows = json.loads(path.read_text())["results"]
+    assert {(row["task"], row["side"]) for row in rows} == {
+        (task, side) for task in ("forward", "train") for side in ("plain", "diffusers")
+    }
+    for row in rows:
+        assert row["dtype"] == dtype
+        assert 0 < row["difference"] < apart
+        assert row["wall"] > 0
+
+
+def test_where_a_comparison_runs(monkeypatch):
+    assert compare.device_of("cpu") == "cpu"
+    with pytest.raises(SystemExit, match="PyTorch has no tpu"):
+        compare.device_of("tpu")
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        compare.device_of("gpu")
