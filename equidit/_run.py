@@ -234,6 +234,7 @@ class _Run:
         flops = self._flops()
         guard = Guard(settings.max_skipped)
         corrupt = 0
+        trace = Trace(folder, profile, start, settings.steps)
         log = Log(
             folder,
             start=start,
@@ -241,7 +242,6 @@ class _Run:
             batch_size=settings.batch_size,
             main=hosts.is_main(),
         )
-        trace = Trace(folder, profile, start, settings.steps)
         with Interrupts() as interrupts, log, self.stream(start) as stream, trace:
             for done in range(start + 1, settings.steps + 1):
                 begun = time.perf_counter()
