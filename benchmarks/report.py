@@ -73,7 +73,7 @@ def plot(report: Report, rows: list[Row], path: Path) -> None:
         panel.plot(x, y, "k|", markersize=12, label=report.mark_label)
         panel.legend()
     panel.set_yticks(places, labels, fontsize=8)
-    panel.invert_yaxis()
+    panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlabel(report.unit)
     if report.log:
         panel.set_xscale("log")

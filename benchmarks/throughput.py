@@ -256,6 +256,7 @@ REPORT = Report(
     bar=lambda row: row.get("images_per_second"),
     label=lambda row: (
         f"{row['config']} {row['program']} {row['dtype']} {row['remat']} {row['batch_size']}"
+        + (f", {row['steps']} steps" if row["steps"] else "")
     ),
     unit="images/s",
     log=True,
