@@ -36,7 +36,7 @@ import equidit as edt
 from equidit import diffusion as dfn
 from equidit.devices import CHIPS, Chip, chip_of
 
-from .common import RESULTS, config_names, environment, writable, write
+from .common import RESULTS, config_names, origin, writable, write
 from .hlo import Collective, Program, total
 from .memory import placed
 from .report import Report, gib, number, write_report
@@ -224,10 +224,9 @@ def examine(case: Case, devices: list[Any], keep: Path | None = None) -> dict[st
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     make = training if case.program == "train" else sampling
     function, arguments = make(case, mesh)
-    kind, here = devices[0].device_kind, environment()
+    kind = devices[0].device_kind
     row: dict[str, Any] = dataclasses.asdict(case) | {
-        "date": here["date"],
-        "command": here["command"],
+        **origin(),
         "libtpu": importlib.metadata.version("libtpu"),
         "device_kind": kind,
         "devices": len(devices),

@@ -45,6 +45,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """Date and command, for rows that are kept beside those of other runs."""
+    found = environment()
+    return {name: found[name] for name in ("date", "command")}
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:

@@ -36,7 +36,7 @@ import optax
 import equidit as edt
 from equidit import diffusion as dfn, pretrained
 
-from .common import RESULTS, config_names, machine, median, writable, write
+from .common import RESULTS, config_names, machine, median, origin, writable, write
 from .report import Report, write_report
 from .throughput import DTYPES
 
@@ -100,7 +100,8 @@ def theirs(folder: Path, options: Any) -> tuple[Tasks, dict[str, Any]]:
     place = {"cpu": "cpu", "gpu": "cuda"}[options.device]
     half = options.dtype == "bfloat16"
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high")  # says nothing to a CPU
+    if place == "cuda":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     inputs = np.load(folder / "inputs.npz")
     x, t, label = (torch.from_numpy(inputs[n]).to(place) for n in ("x", "t", "label"))
@@ -323,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found, ready = measure(inputs, name, sides, options, bar)
                 apart = {side: difference(inputs, side) for side in options.sides}
             for task, side in ((task, side) for task in TASKS for side in options.sides):
-                row = {"config": name, "task": task, "side": side} | settings
+                row = origin() | {"config": name, "task": task, "side": side} | settings
                 row |= compared(found[task][side], found[task][SIDES[0]])
                 row |= {"difference": apart[side], "ready_seconds": ready[side]}
                 rows = [old for old in rows if case_of(old) != case_of(row)] + [row]

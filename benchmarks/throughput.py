@@ -27,7 +27,7 @@ import equidit as edt
 from equidit import diffusion as dfn
 from equidit.devices import CHIPS, chip_of
 
-from .common import RESULTS, config_names, interleaved, machine, median, writable, write
+from .common import RESULTS, config_names, interleaved, machine, median, origin, writable, write
 from .report import Report, Row, gib, number, write_report
 from .train_step import matmul
 
@@ -193,6 +193,7 @@ def run(options: Any, names: list[str], bar: Any) -> Iterator[Row]:
                     bar.update()
                     peak = peak_of(device, products)
                     yield {
+                        **origin(),
                         "config": name,
                         "program": program,
                         "dtype": dtype,

@@ -232,7 +232,7 @@ class _Run:
         settings, folder = self.settings, self.folder
         start, key = int(state.step), settings.key(1)
         flops = self._flops()
-        guard = Guard(settings.max_skipped)
+        guard = Guard()
         corrupt = 0
         trace = Trace(folder, profile, start, settings.steps)
         log = Log(

@@ -40,9 +40,9 @@ class Interrupts:
 class Guard:
     """Counts steps that were not finite, a few steps late, so that nothing waits for the device."""
 
-    def __init__(self, limit: int):
+    def __init__(self):
         self.pending: collections.deque[Array] = collections.deque()
-        self.in_a_row, self.total, self.limit = 0, 0, limit
+        self.in_a_row, self.total = 0, 0
 
     def add(self, skipped: Array) -> None:
         self.pending.append(skipped)

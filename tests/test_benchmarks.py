@@ -266,6 +266,15 @@ def test_what_does_not_fit_is_recorded():
         throughput.measure(SimpleNamespace(), [], False, 1, lambda: None)
 
 
+@pytest.mark.parametrize(("long", "timed"), [(60.0, 3), (0.0, 1)])
+def test_a_long_call_is_timed_once(monkeypatch, long, timed):
+    monkeypatch.setattr(throughput, "LONG", long)
+    calls = []
+    found = throughput.measure(jax.jit(jnp.sin), [jnp.ones(3)], False, 3, lambda: calls.append(0))
+    assert len(found["seconds"]) == timed
+    assert len(calls) == len(found["matmul_seconds"]) == (4 if timed == 3 else 1)
+
+
 def test_machines_side_by_side(tmp_path):
     row = {"config": "DiT-S/8", "devices": 1, "sharding": "fsdp", "kind": "weak", "batch_size": 8}
     row |= {"seconds": [2.0], "images_per_second": 4.0, "efficiency": 1.0}
