@@ -25,6 +25,7 @@ PARTS = (
     "faults",
     "kills",
     "incidents",
+    "uneven",
 )
 FOLDER = Path(__file__).parent
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from ._common import check_positive, extra
 from ._images import ImageError, ImageFolder, Small, read_image
-from ._latents import FORMAT, open_latents
+from ._latents import FORMAT, SKIPPED, open_latents
 from ._resumable import Partial
 from ._storage import replace
 from .checkpoint import fingerprint
@@ -90,9 +90,9 @@ def encode(
                 return None
             raise
 
-    with work.open(settings, arrays, -(-count // batch_size), overwrite=overwrite):
+    with work.open(settings, arrays, batch_size, overwrite=overwrite):
         todo = work.remaining()
-        groups = [list(_rows(group, batch_size, count)) for group in todo]
+        groups = [list(work.rows(group)) for group in todo]
         encoded = _encoded(vae, groups, load, (3, size, size), batch_size)
         done = count - sum(map(len, groups))
         with tqdm(total=count, initial=done, unit="picture") as bar:
@@ -105,11 +105,11 @@ def encode(
                             f"{dtype}: is the autoencoder whole?"
                         )
                 missing = np.array([picture is None for picture in pictures])
-                label = np.where(missing, -1, folder.label[rows]).astype(np.int32)
+                label = np.where(missing, SKIPPED, folder.label[rows]).astype(np.int32)
                 work.write(group, mean=mean, std=std, label=label)
                 bar.update(len(rows))
         label = np.load(work.array_path("label"))
-        skipped = [folder.files[row] for row in np.flatnonzero(label < 0)]
+        skipped = [folder.files[row] for row in np.flatnonzero(label == SKIPPED)]
         if len(skipped) == count:
             raise ImageError(f"none of the {count} pictures of {folder.root} can be read")
         more = {
@@ -129,15 +129,13 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         info = open_latents(out).info
     except (OSError, ValueError):
         return None
-    return info if settings.items() <= info.items() else None
+    # An older format that opens holds the same.
+    same = settings.items() <= (info | {"format": FORMAT}).items()
+    return info if same else None
 
 
 def _finite(moments: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(moments).all(axis=(1, 2, 3, 4)))
-
-
-def _rows(group: int, batch_size: int, count: int) -> range:
-    return range(group * batch_size, min((group + 1) * batch_size, count))
 
 
 def _encoded(

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-FORMAT = 1
+FORMAT = 2
+SKIPPED = -1
+"""The label of a picture that could not be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,8 @@ def open_latents(path: Path) -> LatentCache:
 
     **Raises:**
 
-    `FileNotFoundError` if there is none, or an unfinished one; `ValueError` if it is damaged or of
-    a newer format.
+    `FileNotFoundError` if there is none, or an unfinished one; `ValueError` if it is damaged, of
+    a newer format, or has rows that were never written (some that older versions made).
     """
     if path.with_name(path.name + ".unfinished").is_dir() and not path.exists():
         raise FileNotFoundError(f"{path} is not finished: run the same `equidit encode` again")
@@ -71,4 +73,21 @@ def open_latents(path: Path) -> LatentCache:
             f"{path} is damaged: mean.npy is {mean.shape}, std.npy {std.shape}, label.npy "
             f"{label.shape}, and info.json says {info['count']} pictures"
         )
+    wrong = np.flatnonzero(label < SKIPPED)
+    if len(wrong):
+        raise ValueError(
+            f"{path} has {len(wrong)} rows that were never written, row {wrong[0]} being the first"
+        )
+    if version < 2 and _out_of_place(info):
+        raise ValueError(
+            f"{path} has pictures in the rows of others, as an earlier version of equidit made it "
+            f"for {info['count']} pictures and batch_size={info['batch_size']}: make it again, by "
+            "`equidit encode ... --overwrite`"
+        )
     return LatentCache(mean, std, label, info)
+
+
+def _out_of_place(info: dict[str, Any]) -> bool:
+    """Whether format 1 put groups of this many pictures into rows of other groups."""
+    count, size = info["count"], info["batch_size"]
+    return count > size and -(-count // -(-count // size)) != size

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ._common import check_positive
 from ._storage import locked, replace
 
 
@@ -38,7 +39,7 @@ class Partial:
         self,
         settings: dict[str, Any],
         arrays: Mapping[str, tuple[tuple[int, ...], Any]],
-        groups: int,
+        size: int,
         *,
         overwrite: bool = False,
     ) -> Iterator[None]:
@@ -47,15 +48,20 @@ class Partial:
         **Arguments:**
 
         - `settings`: what the arrays depend on, as JSON.
-        - `arrays`: their shapes and dtypes. Along the first axis they are cut into `groups` of
-            equal size, but for the last.
+        - `arrays`: their shapes and dtypes. Along the first axis, which is as long in all of them,
+            they are cut into groups of `size` rows; the last may have fewer.
         - `overwrite`: whether a finished result may be replaced in the end.
 
         **Raises:**
 
         `FileExistsError` if there is a result, or another process at work; `ValueError` if what is
-        there was made with other settings; `OSError` if there is no room.
+        there was made with other settings, or is damaged; `OSError` if there is no room.
         """
+        (count,) = {shape[0] for shape, _ in arrays.values()}
+        check_positive(rows=count, size=size)
+        groups = -(-count // size)
+        # Before format 2 a group could lie in rows that were another's.
+        settings = settings | {"format of unfinished work": 2}
         self._check(settings, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self._lock):
@@ -65,10 +71,26 @@ class Partial:
                 self._done.write_bytes(bytes(groups))
                 # The last file: with it the folder is whole.
                 replace(self._settings, json.dumps(settings, indent=2) + "\n")
-            self._arrays = {n: np.load(self.array_path(n), mmap_mode="r+") for n in arrays}
-            self._size = -(-len(next(iter(self._arrays.values()))) // groups)
+            self._count, self._size = count, size
+            self._arrays = {n: self._load(n, shape, dtype) for n, (shape, dtype) in arrays.items()}
+            if len(self._done.read_bytes()) != groups:
+                raise self._damaged("done")
             yield
             del self._arrays
+
+    def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+        try:
+            array: Any = np.load(self.array_path(name), mmap_mode="r+")
+        except (ValueError, OSError) as error:
+            raise self._damaged(f"{name}.npy", f": {error}") from error
+        if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
+            raise self._damaged(f"{name}.npy")
+        return array
+
+    def _damaged(self, name: str, why: str = "") -> ValueError:
+        return ValueError(
+            f"{self.folder / name} is damaged{why}: delete that folder, and the work begins anew"
+        )
 
     def _check(self, settings: dict[str, Any], overwrite: bool) -> None:
         if self.folder.exists():
@@ -78,7 +100,10 @@ class Partial:
                 raise FileExistsError(f"{self.folder} holds other things: choose another --out")
         saved = None
         if self._settings.exists():
-            saved = json.loads(self._settings.read_text())
+            try:
+                saved = dict(json.loads(self._settings.read_text()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise self._damaged("settings.json", f": {error}") from error
             now = json.loads(json.dumps(settings))
             differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
             if differ:
@@ -100,11 +125,27 @@ class Partial:
         """The groups that are not done yet."""
         return [i for i, done in enumerate(self._done.read_bytes()) if not done]
 
+    def rows(self, group: int) -> range:
+        """The rows that a group owns."""
+        return range(group * self._size, min((group + 1) * self._size, self._count))
+
     def write(self, group: int, **values: np.ndarray) -> None:
-        """Fills one group, and marks it as done once it is on disk."""
+        """Fills one group, in all arrays, and marks it as done once it is on disk.
+
+        `ValueError` for values that are not as many as the group's rows, and for a group that is
+        done: no row is written twice, and none by another group.
+        """
+        rows = self.rows(group)
+        lengths = {name: len(value) for name, value in values.items()}
+        if lengths != dict.fromkeys(self._arrays, len(rows)):
+            raise ValueError(
+                f"group {group} has {len(rows)} rows of {', '.join(self._arrays)}, but was given "
+                f"{lengths}"
+            )
+        if group not in self.remaining():
+            raise ValueError(f"group {group} is written already")
         for name, value in values.items():
-            first = group * self._size
-            self._arrays[name][first : first + len(value)] = value
+            self._arrays[name][rows.start : rows.stop] = value
             self._arrays[name].flush()
         with open(self._done, "r+b") as file:
             file.seek(group)
@@ -112,8 +153,17 @@ class Partial:
             file.flush()
             os.fsync(file.fileno())
 
+    def check_complete(self) -> None:
+        """`ValueError` if a group was never written."""
+        if missing := self.remaining():
+            raise ValueError(f"{self.folder}: {len(missing)} groups of rows were never written")
+
     def finish_folder(self) -> None:
-        """Makes the folder of arrays, and what was put beside them, the result."""
+        """Makes the folder of arrays, and what was put beside them, the result.
+
+        `ValueError` if a group was never written.
+        """
+        self.check_complete()
         if self.result.exists():
             shutil.rmtree(self.result)
         self.folder.rename(self.result)
@@ -134,7 +184,11 @@ class Partial:
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if dtype.kind == "i":
+        # No label: a row that is never written can be told.
+        array[:] = np.iinfo(dtype).min
+    array.flush()
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             # Without it a full disk would be a bus error in the middle of the work.

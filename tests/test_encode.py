@@ -172,3 +172,31 @@ def test_damaged_caches(pictures, vae, tmp_path):
     (out / "std.npy").write_bytes((out / "std.npy").read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
         open_latents(out)
+
+
+def test_caches_of_before(pictures, vae, tmp_path):
+    """Of format 1 those open whose batch size put every picture into its own row."""
+    out = tmp_path / "latents"
+    assert run(*options(pictures, vae, out)) == 0
+    info = json.loads((out / "info.json").read_text())
+    for size, whole in ((1, True), (5, True), (7, True), (3, True), (4, False)):
+        (out / "info.json").write_text(json.dumps(info | {"format": 1, "batch_size": size}))
+        if whole:
+            assert open_latents(out).info["format"] == 1
+        else:
+            with pytest.raises(ValueError, match=r"rows of others.*5 pictures and batch_size=4"):
+                open_latents(out)
+    # Given again, a whole one of format 1 is taken as it is.
+    (out / "info.json").write_text(json.dumps(info | {"format": 1}))
+    assert run(*options(pictures, vae, out)) == 0
+    assert json.loads((out / "info.json").read_text())["format"] == 1
+
+
+def test_rows_that_were_never_written(pictures, vae, tmp_path):
+    out = tmp_path / "latents"
+    assert run(*options(pictures, vae, out)) == 0
+    label = np.load(out / "label.npy")
+    label[3] = np.iinfo(np.int32).min
+    np.save(out / "label.npy", label)
+    with pytest.raises(ValueError, match="1 rows that were never written, row 3"):
+        open_latents(out)

@@ -4,11 +4,14 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import COMMAND, published, with_devices
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from equidit._resumable import Partial
@@ -18,12 +21,12 @@ ARRAYS = {"a": ((10, 3), np.float32)}
 
 def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
     work = Partial(tmp_path / "result")
-    with work.open({"seed": 0}, ARRAYS, 3):
+    with work.open({"seed": 0}, ARRAYS, 4):
         assert work.remaining() == [0, 1, 2]
         work.write(2, a=np.full((2, 3), 2.0))
         work.write(0, a=np.full((4, 3), 0.5))
     again = Partial(tmp_path / "result")
-    with again.open({"seed": 0}, ARRAYS, 3):
+    with again.open({"seed": 0}, ARRAYS, 4):
         assert again.remaining() == [1]
         assert not again.complete()
         again.write(1, a=np.full((4, 3), 1.0))
@@ -34,15 +37,107 @@ def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
     assert rows[:, 0].tolist() == [0.5] * 4 + [1.0] * 4 + [2.0] * 2
 
 
+@given(st.integers(1, 40), st.integers(1, 12), st.randoms(use_true_random=False))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_every_row_is_written_once_by_the_group_that_owns_it(count, size, random):
+    expected = np.arange(count * 2, dtype=np.float32).reshape(count, 2)
+    arrays = {"a": ((count, 2), np.float32), "label": ((count,), np.int32)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result"
+        order = list(range(-(-count // size)))
+        random.shuffle(order)
+        # In two goes, as if interrupted, and in any order.
+        for part in (order[: len(order) // 2], order[len(order) // 2 :]):
+            work = Partial(path)
+            with work.open({}, arrays, size):
+                for group in part:
+                    assert not work.complete()
+                    with pytest.raises(ValueError, match="never written"):
+                        work.check_complete()
+                    rows = range(count)[group * size : (group + 1) * size]
+                    assert work.rows(group) == rows
+                    work.write(group, a=expected[rows], label=np.array(rows))
+                    with pytest.raises(ValueError, match="written already"):
+                        work.write(group, a=expected[rows], label=np.array(rows))
+        work.finish_folder()
+        np.testing.assert_array_equal(np.load(path / "a.npy"), expected)
+        np.testing.assert_array_equal(np.load(path / "label.npy"), np.arange(count))
+
+
+def test_a_group_is_written_whole_to_its_own_rows(tmp_path):
+    work = Partial(tmp_path / "result")
+    arrays = {"a": ((10, 3), np.float32), "label": ((10,), np.int32)}
+    whole = {"a": np.ones((4, 3)), "label": np.ones(4)}
+    with work.open({}, arrays, 4):
+        for wrong in (
+            {"a": np.ones((3, 3)), "label": np.ones(4)},
+            {"a": np.ones((5, 3)), "label": np.ones(5)},
+            {"a": np.ones((4, 3))},
+            whole | {"b": np.ones(4)},
+        ):
+            with pytest.raises(ValueError, match="group 0 has 4 rows of a, label"):
+                work.write(0, **wrong)
+        with pytest.raises(ValueError, match="group 2 has 2 rows"):
+            work.write(2, **whole)
+        with pytest.raises(ValueError, match="group 3 has 0 rows"):
+            work.write(3, **whole)
+        work.write(0, **whole)
+        assert work.remaining() == [1, 2]
+        with pytest.raises(ValueError, match="2 groups of rows were never written"):
+            work.finish_folder()
+        # A row that nobody wrote can be told by its label.
+        assert (np.load(work.array_path("label"))[4:] < -1).all()
+    assert not (tmp_path / "result").exists()
+
+
+def test_work_of_before_is_not_gone_on_with(tmp_path):
+    """It has no format, and may have groups in the rows of others."""
+    work = Partial(tmp_path / "result")
+    with work.open({"seed": 0}, ARRAYS, 4):
+        pass
+    (work.folder / "settings.json").write_text('{"seed": 0}')
+    with (
+        pytest.raises(ValueError, match=r"format of unfinished work=2 \(was None\).*delete that"),
+        work.open({"seed": 0}, ARRAYS, 4),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", b"{"),
+        ("settings.json", b"[1]"),
+        ("settings.json", b"[" * 100_000),
+        ("done", b"\1"),
+        ("a.npy", b"half"),
+        ("a.npy", None),
+    ],
+)
+def test_damaged_work_is_told(tmp_path, name, content):
+    work = Partial(tmp_path / "result")
+    with work.open({}, ARRAYS, 4):
+        pass
+    if content is None:
+        np.save(work.folder / name, np.zeros((4, 3), np.float32))
+    else:
+        (work.folder / name).write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=f"{name} is damaged.*delete that folder"),
+        work.open({}, ARRAYS, 4),
+    ):
+        pass
+
+
 def test_one_process_at_a_time(tmp_path):
     work, other = Partial(tmp_path / "result"), Partial(tmp_path / "result")
     with (
-        work.open({}, ARRAYS, 3),
+        work.open({}, ARRAYS, 4),
         pytest.raises(FileExistsError, match="another process"),
-        other.open({}, ARRAYS, 3),
+        other.open({}, ARRAYS, 4),
     ):
         pass
-    with other.open({}, ARRAYS, 3):
+    with other.open({}, ARRAYS, 4):
         assert other.remaining() == [0, 1, 2]
 
 
@@ -50,17 +145,17 @@ def test_what_is_there_is_not_lost(tmp_path):
     work = Partial(tmp_path / "result")
     (tmp_path / "result.unfinished").mkdir()
     (tmp_path / "result.unfinished" / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match="other things"), work.open({}, ARRAYS, 3):
+    with pytest.raises(FileExistsError, match="other things"), work.open({}, ARRAYS, 4):
         pass
     (tmp_path / "result.unfinished" / "thesis.tex").unlink()
-    with work.open({"seed": 0}, ARRAYS, 3):
+    with work.open({"seed": 0}, ARRAYS, 4):
         work.write(0, a=np.ones((4, 3)))
     with (
         pytest.raises(ValueError, match=r"seed=1 \(was 0\)"),
-        work.open({"seed": 1}, ARRAYS, 3),
+        work.open({"seed": 1}, ARRAYS, 4),
     ):
         pass
-    with work.open({"seed": 0}, ARRAYS, 3):
+    with work.open({"seed": 0}, ARRAYS, 4):
         assert work.remaining() == [1, 2]
 
 
@@ -70,7 +165,7 @@ def test_begun_but_killed_before_it_was_ready(tmp_path):
     (folder / "a.npy").write_bytes(b"half")
     (folder / "settings.json.partial").write_text("{")
     work = Partial(tmp_path / "result")
-    with work.open({}, ARRAYS, 3):
+    with work.open({}, ARRAYS, 4):
         assert work.remaining() == [0, 1, 2]
         work.write(0, a=np.ones((4, 3)))
 
@@ -79,16 +174,16 @@ def _commands(folder):
     """Both commands that go on, with the file or folder that they leave."""
     weights, vae = published(folder)
     rng = np.random.default_rng(0)
-    for i in range(24):
+    for i in range(23):
         path = folder / "pictures" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (36, 36, 3), np.uint8)).save(path)
     sample = ["--weights", weights, "--vae", vae, "--num-heads", 4, "--steps", 40, "--npz"]
     return {
-        "sample": ["sample", *sample, "--count", 24, "--batch-size", 1, "--out"],
+        "sample": ["sample", *sample, "--count", 23, "--batch-size", 2, "--out"],
         "encode": [
             *("encode", "--images", folder / "pictures", "--vae", vae, "--size", 32),
-            *("--batch-size", 1, "--out"),
+            *("--batch-size", 2, "--out"),
         ],
     }
 

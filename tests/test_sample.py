@@ -10,10 +10,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 from helpers import COMMAND, published, tiny, with_devices
+from hypothesis import given, settings, strategies as st
 from test_cli import error_of, run
 
 import equidit as edt
-from equidit import _sampling, diffusion as dfn, pretrained
+from benchmarks import uneven
+from equidit import _sampling, cli, diffusion as dfn, pretrained
 from equidit._npz import random_labels, to_bytes
 
 STEPS = ("--steps", 3)
@@ -60,8 +62,9 @@ def test_npz_holds_the_paper_s_samples(files, tmp_path):
     options = ("--npz", "--count", 5, "--labels", "2,7", "--batch-size", 1, "--out", out)
     assert run("sample", *files, *STEPS, *guidance, *options) == 0
     archive = np.load(out)
-    assert archive.files == ["arr_0"]
-    images = archive["arr_0"]
+    assert archive.files == ["arr_0", "arr_1"]
+    images, labels = archive["arr_0"], archive["arr_1"]
+    assert (labels.dtype, labels.tolist()) == (np.int64, [2, 7, 2, 7, 2])
     assert (images.shape, images.dtype) == ((5, 32, 32, 3), np.uint8)
     expected = np.clip(127.5 * by_hand(files, [2, 7, 2, 7, 2]) + 128, 0, 255).astype(np.uint8)
     difference = images.astype(int) - expected.transpose(0, 2, 3, 1)
@@ -69,6 +72,27 @@ def test_npz_holds_the_paper_s_samples(files, tmp_path):
     assert images.std() > 20
     assert not zipfile.ZipFile(out).testzip()
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+@given(st.integers(1, 23), st.integers(1, 9))
+@settings(derandomize=True, deadline=None, max_examples=6)
+def test_uneven_counts_are_as_the_plain_loop(uneven_files, count, size):
+    out = uneven_files / f"{count}-{size}.npz"
+    for what, path in (("sample", out), ("encode", out.with_suffix(""))):
+        if path.exists():
+            continue
+        assert cli.run(uneven.command(what, uneven_files, count, size, path)) == 0
+        expected = uneven.by_loop(what, uneven_files, count, size, path)
+        found = uneven.written(what, path)
+        assert len(found) == len(expected)
+        assert uneven.rows_that_differ(found, expected) == 0
+
+
+@pytest.fixture(scope="module")
+def uneven_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uneven")
+    uneven.make_files(folder)
+    return folder
 
 
 def test_to_bytes():
