@@ -161,7 +161,9 @@ def _work(draws: list[dict[str, Any]], folder: Path) -> None:
 def _killed(words: list[str]) -> str:
     """Kills the command at a random moment, and says how far it had come."""
     code = "import sys; from equidit.__main__ import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, *words], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], start_new_session=True, stdout=subprocess.DEVNULL
+    )
     out = Path(words[-1])
     done = out.with_name(out.name + ".unfinished") / "done"
     rng = random.Random(" ".join(words))

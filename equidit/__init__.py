@@ -1,9 +1,15 @@
 """Diffusion Transformers in JAX: pure functions and shape-typed Equinox modules."""
 
+import sys as _sys
+
 from jaxtyping import install_import_hook as _install_import_hook
 
 # Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
-_install_import_hook("equidit", "beartype.beartype")
+_hook = _install_import_hook("equidit", "beartype.beartype").hook
+
+from ._arguments import Finder as _Finder
+
+_sys.meta_path.insert(0, _Finder("equidit", _hook))
 
 from . import diffusion as diffusion, hosts as hosts, pretrained as pretrained, vae as vae
 from ._blocks import (

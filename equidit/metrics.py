@@ -59,7 +59,8 @@ def nearest_distance(
 
     **Returns:**
 
-    The mean distance, in the unit of the features.
+    The mean distance, in the unit of the features, computed in float64.
     """
+    a, b = a.astype(np.float64), b.astype(np.float64)
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * a @ b.T
     return float(np.sqrt(np.maximum(squares.min(axis=1), 0)).mean())

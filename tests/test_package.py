@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 import equidit as edt
 
 PACKAGE = Path(edt.__file__).parent
-BASE = {"_common", "_parts", "_storage", "_types"}
+BASE = {"_arguments", "_common", "_parts", "_storage", "_types"}
 # Lower floors first; the three towers stand side by side on `BASE`.
 NETWORK = [
     "_ops",
