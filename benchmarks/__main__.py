@@ -26,6 +26,7 @@ PARTS = (
     "kills",
     "incidents",
     "uneven",
+    "checks",
 )
 FOLDER = Path(__file__).parent
 

@@ -4,12 +4,12 @@ import sys as _sys
 
 from jaxtyping import install_import_hook as _install_import_hook
 
-# Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
-_hook = _install_import_hook("equidit", "beartype.beartype").hook
-
+# Before the hook: what runs at every call is not itself checked.
 from ._arguments import Finder as _Finder
 
-_sys.meta_path.insert(0, _Finder("equidit", _hook))
+# Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
+_checks = _install_import_hook("equidit", "beartype.beartype").hook
+_sys.meta_path.insert(0, _Finder("equidit", _checks))
 
 from . import diffusion as diffusion, hosts as hosts, pretrained as pretrained, vae as vae
 from ._blocks import (

@@ -16,6 +16,7 @@ class Source(NamedTuple):
     - `decoder`: the autoencoder of its latents; `None` for a network of images.
     - `shape`: of what it takes.
     - `num_classes`: also the null label.
+    - `classes`: their names, of a run; empty where they are not known.
     - `published`: whether it is published weights rather than a run.
     """
 
@@ -23,6 +24,7 @@ class Source(NamedTuple):
     decoder: Any
     shape: tuple[int, int, int]
     num_classes: int
+    classes: tuple[str, ...]
     published: bool
 
 
@@ -37,7 +39,8 @@ def of_run(path: Path, vae: str | None = None) -> Source:
     decoder = _task.decoder(settings, about, vae)
     if about.autoencoder is not None and decoder is None:
         raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")
-    return Source(_run.restore_ema(path), decoder, about.shape, about.num_classes, published=False)
+    network = _run.restore_ema(path)
+    return Source(network, decoder, about.shape, about.num_classes, about.classes, published=False)
 
 
 def of_weights(
@@ -107,4 +110,4 @@ def of_weights(
             weights, num_heads=num_heads, arithmetic=arithmetic or "official"
         )
     shape = (channels, size // factor, size // factor)
-    return Source(network, decoder, shape, config.num_classes, published=True)
+    return Source(network, decoder, shape, config.num_classes, (), published=True)

@@ -1,7 +1,9 @@
 """The `equidit` command: what can be asked of it, and how it answers when something is wrong."""
 
 import dataclasses
+import difflib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,25 +30,34 @@ from .checkpoint import fingerprint
 from .data import check_labels
 from .train import cast
 
-
-def _parse_labels(words: list[str]) -> tuple[int, ...]:
-    parts = ",".join(words).split(",")
-    try:
-        return tuple(int(part) for part in parts)
-    except ValueError:
-        raise ValueError(f"{','.join(words)!r} is no list of whole numbers such as 3,1,4") from None
-
-
 _Labels = Annotated[
-    tuple[int, ...],
+    tuple[str, ...],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="INT,INT,...",
-        instance_from_str=_parse_labels,
+        metavar="LABEL,LABEL,...",
+        instance_from_str=lambda words: tuple(",".join(words).split(",")),
         is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda labels: [",".join(map(str, labels))],
+        str_from_instance=lambda labels: [",".join(labels)],
     ),
 ]
+
+
+def _numbers(labels: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Labels as numbers, where classes with names may be given by these."""
+    numbers = []
+    for label in labels:
+        if label in classes:
+            numbers.append(classes.index(label))
+        elif re.fullmatch(r"\s*[+-]?\d+\s*", label):
+            numbers.append(int(label))
+        else:
+            near = difflib.get_close_matches(label, classes, 1, 0.0)
+            among = f" and no class of the run: did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"labels={','.join(labels)!r}: {label!r} is no whole number such as those of "
+                f"3,1,4{among}"
+            )
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +125,8 @@ class Sample:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in."""
     labels: _Labels | None = None
-    """What to draw, separated by commas or spaces. By default the first ten classes; with --npz
-    every image's label is drawn at random."""
+    """What to draw, separated by commas or spaces: numbers from 0 or, of a run, names of classes.
+    By default the first ten classes; with --npz every image's label is drawn at random."""
     per_label: int | None = None
     """How many of each in the picture; by default 10 of a run, 1 of published weights."""
     guidance_scale: float = 1.5
@@ -291,9 +302,18 @@ def _finished(folder: Folder) -> str:
         f"Metrics              {folder.metrics}, {folder.events}",
         f"Figures              {folder.report}",
         f"Checkpoints, config  {folder.checkpoints}, {folder.config}",
-        f"Draw more            equidit sample {shlex.quote(str(folder.path))} --labels 3,1,4",
+        f"Draw more            equidit sample {shlex.quote(str(folder.path))} --labels "
+        + shlex.quote(_example(folder.read()[1].classes)),
     ]
     return "\n" + "\n".join(lines)
+
+
+def _example(classes: Sequence[str]) -> str:
+    """Some labels that there are, by name where that can be typed."""
+    some = [3, 1, 4] if len(classes) > 4 else range(min(3, len(classes)))
+    names = [classes[label] for label in some]
+    plain = not any("," in name or name != name.strip() or name[:1] == "-" for name in names)
+    return ",".join(names if plain else map(str, some))
 
 
 def _sample(command: Sample) -> None:
@@ -304,7 +324,8 @@ def _sample(command: Sample) -> None:
         raise ValueError("give either a run's folder, or --weights")
     source = _source_of(command)
     sampler = command.sampler or ("ddpm" if source.published else "ddim")
-    labels = _labels_of(command, source)
+    given = None if command.labels is None else _numbers(command.labels, source.classes)
+    labels = _labels_of(command, given, source)
     check_labels(labels, source.num_classes)
     steps = dfn.space_timesteps(SCHEDULE_STEPS, command.steps)
     network = source.network
@@ -322,8 +343,9 @@ def _sample(command: Sample) -> None:
     name = f"sample-{sampler}{command.steps}-scale{command.guidance_scale:g}-seed{command.seed}"
     path = command.out or (command.run or Path()) / f"{name}{'.npz' if command.npz else '.png'}"
     if command.npz:
-        named = ("labels", "count", "steps", "guidance_scale", "guidance_channels", "seed", "dtype")
+        named = ("count", "steps", "guidance_scale", "guidance_channels", "seed", "dtype")
         record = {name: getattr(command, name) for name in named} | {
+            "labels": given,
             "network": fingerprint(network),
             "decoder": fingerprint(source.decoder),
             "shape": source.shape,
@@ -340,7 +362,9 @@ def _sample(command: Sample) -> None:
     else:
         images = draw(sampling, labels, batch_size=command.batch_size)
         rows = images.reshape(-1, _per_label(command, source), *images.shape[1:])
-        _report.grid(path, rows, labels[:: rows.shape[1]])
+        of_rows = labels[:: rows.shape[1]]
+        names = [source.classes[label] for label in of_rows] if source.classes else of_rows
+        _report.grid(path, rows, names)
     print(path)
 
 
@@ -363,12 +387,11 @@ def _per_label(command: Sample, source: Source) -> int:
     return command.per_label or (1 if source.published else 10)
 
 
-def _labels_of(command: Sample, source: Source) -> np.ndarray:
+def _labels_of(command: Sample, given: list[int] | None, source: Source) -> np.ndarray:
     """One label an image."""
-    given = command.labels
     if not command.npz:
-        given = range(min(10, source.num_classes)) if given is None else given
-        return np.repeat(np.asarray(given, np.int32), _per_label(command, source))
+        rows = range(min(10, source.num_classes)) if given is None else given
+        return np.repeat(np.asarray(rows, np.int32), _per_label(command, source))
     if given is None:
         key = jax.random.fold_in(jax.random.key(command.seed), 1)
         return random_labels(command.count, source.num_classes, key)

@@ -179,9 +179,9 @@ def test_bad_settings_write_nothing(tmp_path, capsys, arguments, words):
     [
         (["--labels", "3,10"], ["label 10", "0 to 9"]),
         (["--labels", "-1"], ["label -1", "0 to 9"]),
-        (["--labels", ""], ["labels", "whole numbers such as 3,1,4"]),
-        (["--labels", "3,x"], ["labels", "'3,x'"]),
-        (["--labels"], ["labels", "whole numbers"]),
+        (["--labels", ""], ["labels=", "no whole number such as those of 3,1,4"]),
+        (["--labels", "3,x"], ["labels='3,x'", "'x' is no whole number", "did you mean"]),
+        (["--labels"], ["labels=", "no whole number"]),
         (["--steps", 1001], ["1001", "1000"]),
         (["--steps", 0], ["0"]),
         (["--per-label", 0], ["per_label=0"]),
@@ -289,3 +289,31 @@ def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number)
     assert "validation_loss" in rows[-1]
     assert run("train", "--out", out, "--resume", "--steps", stopped + 1) == 0
     assert Folder(out).rows()[-1]["step"] == stopped + 1
+
+
+def test_labels_by_name():
+    classes = ("cat", "dog", "7", "tabby, cat")
+    assert cli._numbers(["dog", "0", "cat", " 3"], classes) == [1, 0, 0, 3]
+    # A name is a name, also where it looks like a number.
+    assert cli._numbers(["7"], classes) == [2]
+    with pytest.raises(ValueError, match=r"'dgo' is no whole number.*did you mean 'dog'"):
+        cli._numbers(["cat", "dgo"], classes)
+    with pytest.raises(ValueError, match=r"'dog' is no whole number such as those of 3,1,4$"):
+        cli._numbers(["dog"], ())
+
+
+@pytest.mark.parametrize(
+    ("classes", "example"),
+    [
+        (tuple("0123456789"), "3,1,4"),
+        (("cat", "dog"), "cat,dog"),
+        (("cat",), "cat"),
+        (tuple(f"n{i}" for i in range(1000)), "n3,n1,n4"),
+        (("tabby, cat", "dog"), "0,1"),
+        (("-1", "dog"), "0,1"),
+    ],
+)
+def test_the_hint_names_labels_that_there_are(classes, example):
+    assert cli._example(classes) == example
+    numbers = cli._numbers(example.split(","), classes)
+    assert all(0 <= number < len(classes) for number in numbers)
