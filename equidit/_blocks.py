@@ -5,11 +5,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from ._layers import MLP, Attention, LayerNorm, Linear, hidden_size, zeros
 from ._ops import layer_norm, modulate
-from ._types import Conditioning, Number
+from ._types import Conditioning, Number, PRNGKey
 
 
 class AdaLNZeroBlock(eqx.Module):
@@ -39,7 +39,7 @@ class AdaLNZeroBlock(eqx.Module):
         mlp: Callable[..., Any] = MLP,
         norm: Callable[..., Array] = layer_norm,
         norm_mlp: Callable[..., Array] | None = None,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -105,7 +105,7 @@ class AdaLNBlock(eqx.Module):
         attention: Callable[..., Any] = Attention,
         mlp: Callable[..., Any] = MLP,
         norm: Callable[..., Array] = layer_norm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], but for `norm_mlp`."""
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
@@ -160,7 +160,7 @@ class InContextBlock(eqx.Module):
         attention: Callable[..., Any] = Attention,
         mlp: Callable[..., Any] = MLP,
         norm: Callable[[int], Any] = LayerNorm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -216,7 +216,7 @@ class CrossAttentionBlock(eqx.Module):
         attention: Callable[..., Any] = Attention,
         mlp: Callable[..., Any] = MLP,
         norm: Callable[[int], Any] = LayerNorm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:** as for [`equidit.InContextBlock`][]; `attention` makes both attentions."""
         attention_key, cross_key, mlp_key = jax.random.split(key, 3)
@@ -273,7 +273,7 @@ class TextCrossAttentionBlock(eqx.Module):
         cross: Callable[..., Any] = partial(Attention, out_init=zeros),
         mlp: Callable[..., Any] = MLP,
         norm: Callable[..., Array] = layer_norm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], and
 

@@ -1,6 +1,7 @@
 """A folder of checkpoints, over orbax: what was saved is what is restored, or it is refused."""
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -372,8 +373,10 @@ def _steps(steps: list[int]) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """The beginning and the end of what TensorStore says, the reason being last."""
+    """The beginning and the end of what TensorStore says, after the reason that may lie between."""
     text = " ".join((str(error) or type(error).__name__).split())
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        text = f"{os.strerror(int(code[1]))}: {text}"
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
 
 

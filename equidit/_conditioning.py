@@ -3,12 +3,12 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from ._common import check_positive
 from ._layers import Linear, normal_02
 from ._ops import timestep_features
-from ._types import Conditioning
+from ._types import Conditioning, PRNGKey
 
 Prompt = tuple[Float[Array, "length text_dim"], Bool[Array, " length"]]
 """The states of a text encoder, and which of them are the prompt rather than padding."""
@@ -26,9 +26,7 @@ class TimestepEmbedder(eqx.Module):
     down: Linear
     features: Callable[..., Array] | None = eqx.field(static=True)
 
-    def __init__(
-        self, dim: int, *, features: Callable[..., Array] | None = None, key: PRNGKeyArray
-    ):
+    def __init__(self, dim: int, *, features: Callable[..., Array] | None = None, key: PRNGKey):
         """**Arguments:**
 
         - `dim`: the model's hidden size.
@@ -58,7 +56,7 @@ class LabelEmbedder(eqx.Module):
 
     table: Float[Array, "classes dim"]
 
-    def __init__(self, num_classes: int, dim: int, *, key: PRNGKeyArray):
+    def __init__(self, num_classes: int, dim: int, *, key: PRNGKey):
         """**Arguments:**
 
         - `num_classes`: number of labels, without the null one; at least 1, else `ValueError`.
@@ -103,7 +101,7 @@ class TextEmbedder(eqx.Module):
     down: Linear
     pooled: Linear
 
-    def __init__(self, text_dim: int, dim: int, *, max_length: int = 77, key: PRNGKeyArray):
+    def __init__(self, text_dim: int, dim: int, *, max_length: int = 77, key: PRNGKey):
         """**Arguments:**
 
         - `text_dim`: size of the text encoder's states: 768 for CLIP ViT-L/14, 4096 for T5-XXL.
@@ -173,7 +171,7 @@ class LabelConditioner(eqx.Module):
         dim: int,
         *,
         features: Callable[..., Array] | None = None,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -207,7 +205,7 @@ class TimestepConditioner(eqx.Module):
 
     timestep: TimestepEmbedder
 
-    def __init__(self, dim: int, *, key: PRNGKeyArray):
+    def __init__(self, dim: int, *, key: PRNGKey):
         """**Arguments:**
 
         - `dim`: the model's hidden size.
@@ -246,7 +244,7 @@ class TextConditioner(eqx.Module):
         *,
         max_length: int = 77,
         timestep_token: bool = False,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 

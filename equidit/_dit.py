@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._blocks import AdaLNZeroBlock, tokens_of
 from ._common import check_positive
@@ -14,7 +14,7 @@ from ._conditioning import LabelConditioner, TimestepConditioner
 from ._layers import FinalLayer, Linear
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
 from ._stack import Stack
-from ._types import Conditioning, Number
+from ._types import Conditioning, Number, PRNGKey
 
 
 class DiT(eqx.Module):
@@ -59,7 +59,7 @@ class DiT(eqx.Module):
         append_cond: bool = False,
         conditioner: Callable[..., Any] | None = None,
         remat: str | None = None,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 

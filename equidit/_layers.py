@@ -4,13 +4,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from ._common import check_positive
 from ._ops import layer_norm, modulate, rms_norm
-from ._types import Conditioning, Number
+from ._types import Conditioning, Number, PRNGKey
 
-Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+Initializer = Callable[[PRNGKey, tuple[int, ...]], Array]
 
 
 # "Linear layers are Xavier-uniform, tables normal 0.02, gates zero" (the paper's recipe).
@@ -32,7 +32,7 @@ class Linear(eqx.Module):
         out_features: int,
         *,
         init: Initializer = xavier_uniform,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -139,7 +139,7 @@ class MLP(eqx.Module):
     up: Linear
     down: Linear
 
-    def __init__(self, dim: int, hidden_size: int, *, key: PRNGKeyArray):
+    def __init__(self, dim: int, hidden_size: int, *, key: PRNGKey):
         """**Arguments:**
 
         - `dim`: size of a token, in and out.
@@ -176,7 +176,7 @@ class SwiGLU(eqx.Module):
     up: Linear
     down: Linear
 
-    def __init__(self, dim: int, hidden_size: int, *, key: PRNGKeyArray):
+    def __init__(self, dim: int, hidden_size: int, *, key: PRNGKey):
         """**Arguments:**
 
         - `dim`: size of a token, in and out.
@@ -225,7 +225,7 @@ class Attention(eqx.Module):
         qk_norm: Callable[[int], Any] | None = None,
         rotary: Callable[..., Array] | None = None,
         out_init: Initializer = xavier_uniform,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -330,7 +330,7 @@ class FinalLayer(eqx.Module):
         out_channels: int,
         *,
         norm: Callable[..., Array] = layer_norm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -381,7 +381,7 @@ class PlainFinalLayer(eqx.Module):
         out_channels: int,
         *,
         norm: Callable[[int], Any] = LayerNorm,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from . import diffusion as dfn
 from ._settings import SCHEDULE_STEPS, Settings
-from ._types import Loss, Network
+from ._types import Loss, Network, PRNGKey
 from .guidance import drop_label
 from .train import TrainState
 
@@ -19,7 +19,7 @@ from .train import TrainState
 def hybrid_loss(schedule: dfn.Schedule, num_classes: int, label_dropout: float) -> Loss:
     """The paper's objective: the hybrid loss, with labels dropped now and then."""
 
-    def loss(network: Network, example: Any, key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(network: Network, example: Any, key: PRNGKey) -> Float[Array, ""]:
         clean_key, drop_key, diffusion_key = jax.random.split(key, 3)
         label = drop_label(example.label, num_classes, label_dropout, key=drop_key)
         clean = example.clean(clean_key)
@@ -30,7 +30,7 @@ def hybrid_loss(schedule: dfn.Schedule, num_classes: int, label_dropout: float) 
 
 @eqx.filter_jit
 def validate(
-    network: Network, schedule: dfn.Schedule, examples: PyTree, key: PRNGKeyArray, mesh: Mesh | None
+    network: Network, schedule: dfn.Schedule, examples: PyTree, key: PRNGKey, mesh: Mesh | None
 ) -> Float[Array, "batch quartiles"]:
     """The hybrid loss of examples, at one fixed step from each quartile of the schedule."""
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer, PRNGKeyArray, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 
 from ._common import check_positive, extra
 from ._resumable import Partial
 from ._sampling import Sampling, batches, group_of
 from ._storage import replacing
+from ._types import PRNGKey
 
 with extra("train"):
     from tqdm import tqdm
@@ -67,7 +68,7 @@ def write_npz(
         work.finish_file()
 
 
-def random_labels(count: int, num_classes: int, key: PRNGKeyArray) -> Int[np.ndarray, " batch"]:
+def random_labels(count: int, num_classes: int, key: PRNGKey) -> Int[np.ndarray, " batch"]:
     """Labels drawn uniformly, each belonging to its index: more of them begin with the same."""
 
     def one(index: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ._common import upcast
 from ._schedule import (
@@ -20,7 +20,7 @@ from ._schedule import (
     q_sample,
     x0_and_eps,
 )
-from ._types import Network, Number
+from ._types import Network, Number, PRNGKey
 
 VARIANCES = ("learned", "small", "large")
 LIKELIHOODS = ("pixels", "latents")
@@ -187,7 +187,7 @@ def _corrupt(
     schedule: Schedule,
     x0: Image,
     cond: PyTree,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     t: Index | None,
     noise: Image | None,
 ) -> tuple[Array, Image, Index, Image]:
@@ -207,7 +207,7 @@ def simple_loss(
     x0: Image,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     t: Index | None = None,
     noise: Image | None = None,
     prediction: str = "eps",
@@ -250,7 +250,7 @@ def hybrid_loss(
     x0: Image,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     t: Index | None = None,
     noise: Image | None = None,
     prediction: str = "eps",
@@ -286,7 +286,7 @@ def rescaled_hybrid_loss(
     x0: Image,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     **options: Any,
 ) -> Float[Array, ""]:
     """[`equidit.diffusion.hybrid_loss`][] with the bound weighted by steps/1000: 0.001 times the
@@ -312,7 +312,7 @@ def vlb_loss(
     x0: Image,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     t: Index | None = None,
     noise: Image | None = None,
     variance: str = "learned",
@@ -398,7 +398,7 @@ def bits_per_dim(
     x0: Image,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     variance: str = "learned",
     prediction: str = "eps",
     likelihood: str = "pixels",

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Integer
 
 from . import diffusion as dfn
-from ._types import Network
+from ._types import Network, PRNGKey
 from .guidance import guide
 
 Sampler = Literal["ddim", "ddpm"]
@@ -24,7 +24,7 @@ class Sampling(eqx.Module):
 
     network: Any
     schedule: dfn.Schedule
-    key: PRNGKeyArray
+    key: PRNGKey
     decoder: Any
     sampler: str = eqx.field(static=True)
     shape: tuple[int, int, int] = eqx.field(static=True)
@@ -39,7 +39,7 @@ class Sampling(eqx.Module):
         guidance_channels: int | None = None,
         sampler: Sampler,
         shape: tuple[int, int, int],
-        key: PRNGKeyArray,
+        key: PRNGKey,
         decoder: Any = None,
     ):
         """**Arguments:**

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jaxtyping import PRNGKeyArray
 
 from ._common import check_positive
+from ._types import PRNGKey
 from .configs import CONFIGS, Config
 
 SCHEDULE_STEPS = 1000
@@ -139,7 +139,7 @@ class Settings:
             remat=self.remat,
         )
 
-    def key(self, purpose: int) -> PRNGKeyArray:
+    def key(self, purpose: int) -> PRNGKey:
         """One of the run's keys: 0 initialises, 1 trains, 2 validates, 3 samples."""
         return jax.random.fold_in(jax.random.key(self.seed), purpose)
 

@@ -3,11 +3,11 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from ._common import check_positive
 from ._parts import Part, whole
-from ._types import Conditioning
+from ._types import Conditioning, PRNGKey
 
 # Cheaper to do again than to remember; gathered parameters would be remembered through these.
 _FREE = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
@@ -47,7 +47,7 @@ class Stack(eqx.Module):
         depth: int,
         *,
         remat: str | None = None,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ._common import upcast
 from ._objectives import log_variance_of, split_output
@@ -20,7 +20,7 @@ from ._schedule import (
     times,
     x0_and_eps,
 )
-from ._types import Network, Number, Scalar
+from ._types import Network, Number, PRNGKey, Scalar
 
 
 def _predicted(
@@ -48,7 +48,7 @@ def ddpm_step(
     t: Index,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     variance: str = "learned",
     prediction: str = "eps",
     clip: bool = False,
@@ -98,7 +98,7 @@ def ddim_step(
     t: Index,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     eta: Scalar = 0.0,
     prediction: str = "eps",
     clip: bool = False,
@@ -143,7 +143,7 @@ def ddim_inversion_step(
     t: Index,
     cond: PyTree,
     *,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKey | None = None,
     prediction: str = "eps",
 ) -> Image:
     """One step of DDIM backwards, from `t - 1` to `t`: from an example to the noise that gives it.
@@ -176,7 +176,7 @@ def sample(
     noise: Any,
     cond: PyTree,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKey,
     ascending: bool = False,
     has_aux: bool = False,
     trajectory: bool = False,

@@ -1,14 +1,13 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from ._common import check_positive
+from ._types import PRNGKey
 
 
-def stratified_timesteps(
-    key: PRNGKeyArray, steps: int, batch_size: int
-) -> Int[Array, " batch_size"]:
+def stratified_timesteps(key: PRNGKey, steps: int, batch_size: int) -> Int[Array, " batch_size"]:
     """One step for each example of a batch, one from each of `batch_size` equal shares of the
     schedule, in random order: uniform each, and evenly spread together.
 
@@ -78,7 +77,7 @@ class LossSecondMoment(eqx.Module):
         return jnp.where(known, mixed, uniform)
 
     def sample(
-        self, key: PRNGKeyArray, batch_size: int
+        self, key: PRNGKey, batch_size: int
     ) -> tuple[Int[Array, " batch_size"], Float[Array, " batch_size"]]:
         """Steps for a batch, and the weights that keep the mean loss what it is under uniform
         ones.

@@ -21,12 +21,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Number = float | int | np.number
 """A Python or NumPy number, known while tracing."""
 Scalar = Number | Float[Array, ""]
 """A number that may be traced."""
+PRNGKey = Key[Array, ""]
+"""What `jax.random.key` makes. A legacy key of `jax.random.PRNGKey` becomes one."""
 
 
 class Conditioning(eqx.Module):
@@ -88,4 +90,4 @@ class Loss(Protocol):
     example's own. The result is one number, whose mean over the batch is minimised.
     """
 
-    def __call__(self, network: Any, example: PyTree, key: PRNGKeyArray, /) -> Float[Array, ""]: ...
+    def __call__(self, network: Any, example: PyTree, key: PRNGKey, /) -> Float[Array, ""]: ...

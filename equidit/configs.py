@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import PRNGKeyArray
 
 from ._blocks import (
     AdaLNBlock,
@@ -21,7 +20,7 @@ from ._conditioning import TextConditioner
 from ._dit import DiT
 from ._layers import FinalLayer, PlainFinalLayer, hidden_size
 from ._ops import grid_of
-from ._types import Number
+from ._types import Number, PRNGKey
 
 
 class _Design(NamedTuple):
@@ -110,7 +109,7 @@ def _resolve(config: str | Config) -> Config:
     return CONFIGS[config]
 
 
-def build(name_or_config: str | Config, *, key: PRNGKeyArray, **overrides: Any) -> DiT:
+def build(name_or_config: str | Config, *, key: PRNGKey, **overrides: Any) -> DiT:
     """A new [`equidit.DiT`][] with the paper's initialisation.
 
     **Arguments:**

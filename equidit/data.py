@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, Num
 
 from ._common import check_positive, extra
 from ._images import (
@@ -19,6 +19,7 @@ from ._images import (
     read_image as read_image,
 )
 from ._latents import LatentCache as LatentCache, open_latents as open_latents
+from ._types import PRNGKey
 
 DIGITS_SHAPE = (1, 8, 8)
 """Channels, height and width of [`equidit.data.digits`][]."""
@@ -39,7 +40,7 @@ class Images(NamedTuple):
     image: Num[np.ndarray, "*batch channels height width"]
     label: Integer[np.ndarray, "*batch"]
 
-    def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+    def clean(self, key: PRNGKey) -> Float[Array, "channels height width"]:
         """The clean example to be diffused, of one image.
 
         **Arguments:**
@@ -67,7 +68,7 @@ class Latents(NamedTuple):
     std: Float[np.ndarray, "*batch channels height width"]
     label: Integer[np.ndarray, "*batch"]
 
-    def clean(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+    def clean(self, key: PRNGKey) -> Float[Array, "channels height width"]:
         """The clean example to be diffused, of one picture.
 
         **Arguments:**

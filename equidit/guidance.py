@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._common import upcast
-from ._types import Network, Number, Scalar
+from ._types import Network, Number, PRNGKey, Scalar
 
 Cond = TypeVar("Cond")
 
 
-def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKeyArray) -> Cond:
+def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> Cond:
     """Replaces an example's conditioning by the null conditioning, now and then.
 
     **Arguments:**

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, DTypeLike, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, DTypeLike, Int, PyTree
 
+from ._arguments import accepting
 from ._common import check_positive, upcast
 from ._ema import (
     Decay as Decay,
@@ -26,7 +27,7 @@ from ._sharding import (
     over_devices,
     shardings as shardings,
 )
-from ._types import Loss, Number
+from ._types import Loss, Number, PRNGKey
 
 Tree = TypeVar("Tree")
 
@@ -140,7 +141,7 @@ def make_train_step(
     accumulate: int = 1,
     max_grad_norm: Number | None = None,
     ordered_sums: bool | None = None,
-) -> Callable[[TrainState, PyTree, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, PyTree, PRNGKey], tuple[TrainState, dict[str, Array]]]:
     """The compiled training step `step(state, batch, key) -> (state, metrics)`.
 
     **Arguments:**
@@ -235,7 +236,7 @@ def make_train_step(
 
     # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
     def update(
-        state: TrainState, batch: PyTree, key: PRNGKeyArray
+        state: TrainState, batch: PyTree, key: PRNGKey
     ) -> tuple[TrainState, dict[str, Array]]:
         params, static = eqx.partition(state.network, eqx.is_inexact_array)
         index = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
@@ -270,9 +271,7 @@ def make_train_step(
             return new, metrics
         return _placed(jax.lax.with_sharding_constraint, new, mesh, sharding), metrics
 
-    def step(
-        state: TrainState, batch: PyTree, key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, dict[str, Array]]:
         _check_batch(batch, devices, accumulate)
         _check_ema(state.ema, ema_decay)
         if mesh is not None:
@@ -284,7 +283,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):
             return run((batch, key), state)
 
-    return step
+    return accepting(step)
 
 
 def _placed(place: Callable[..., Any], state: TrainState, mesh: Mesh, sharding: str) -> TrainState:

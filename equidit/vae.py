@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from ._common import check_positive, upcast
 from ._layers import Attention
-from ._types import Number
+from ._types import Number, PRNGKey
 
 _lecun_normal = jax.nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
 
@@ -36,7 +36,7 @@ class Gaussian(eqx.Module):
         """
         return self.mean
 
-    def sample(self, key: PRNGKeyArray) -> Float[Array, "channels height width"]:
+    def sample(self, key: PRNGKey) -> Float[Array, "channels height width"]:
         """A latent.
 
         **Arguments:**
@@ -83,7 +83,7 @@ class Autoencoder(eqx.Module):
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
         *,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """**Arguments:**
 
@@ -239,7 +239,7 @@ class _Conv(eqx.Module):
     weight: Float[Array, "out channels kernel kernel"]
     bias: Float[Array, " out"]
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, key: PRNGKeyArray):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, key: PRNGKey):
         self.weight = _lecun_normal(key, (out_channels, in_channels, kernel, kernel))
         self.bias = jnp.zeros(out_channels)
 
@@ -287,7 +287,7 @@ class _Resnet(eqx.Module):
     conv2: _Conv
     shortcut: Any
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, *, key: PRNGKeyArray):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, key: PRNGKey):
         key1, key2, shortcut_key = jax.random.split(key, 3)
         self.norm1 = _GroupNorm(in_channels, groups)
         self.conv1 = _Conv(in_channels, out_channels, key=key1)
@@ -315,7 +315,7 @@ class _Middle(eqx.Module):
     attention: Any
     second: _Resnet
 
-    def __init__(self, channels: int, groups: int, attention: bool, *, key: PRNGKeyArray):
+    def __init__(self, channels: int, groups: int, attention: bool, *, key: PRNGKey):
         first_key, attention_key, second_key = jax.random.split(key, 3)
         self.first = _Resnet(channels, channels, groups, key=first_key)
         self.norm = _GroupNorm(channels, groups) if attention else None
@@ -346,7 +346,7 @@ class _Stage(eqx.Module):
         groups: int,
         resample: bool,
         *,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         *keys, resample_key = jax.random.split(key, layers + 1)
         widths = (in_channels, *[channels] * layers)
@@ -383,7 +383,7 @@ class _Coder(eqx.Module):
         groups: int,
         attention: bool,
         *,
-        key: PRNGKeyArray,
+        key: PRNGKey,
     ):
         """`widths`: channels of the stages in their order; `middle`: of the lowest resolution."""
         in_key, middle_key, out_key, *keys = jax.random.split(key, 3 + len(widths))

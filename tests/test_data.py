@@ -147,7 +147,7 @@ def cache(path, mean, std, label):
     path.mkdir()
     for name, array in (("mean", mean), ("std", std), ("label", label)):
         np.save(path / f"{name}.npy", array)
-    info = {"format": 1, "count": len(label), "classes": ["a", "b"], "autoencoder": "0"}
+    info = {"format": 2, "count": len(label), "classes": ["a", "b"], "autoencoder": "0"}
     (path / "info.json").write_text(json.dumps(info))
     return path
 

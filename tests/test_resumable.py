@@ -226,7 +226,8 @@ def test_kill_9_at_random_moments(tmp_path, name):
             time.sleep(rng.random() * 0.05)
         else:
             time.sleep(rng.random() * duration)
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if done.exists():
             assert sum(done.read_bytes()) >= before
