@@ -1,18 +1,26 @@
 import gc
-import tempfile
+import os
+from pathlib import Path
+
+# Every test that builds the same network would compile it again, and so would every process that a
+# test starts: they inherit this. `pytest --cache-clear` empties it.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 import jax
 import pytest
 
-# Every test that builds the same network would compile it again.
-_cache = tempfile.TemporaryDirectory(prefix="equidit-tests-")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Each has several devices and some gigabytes of programs."""
+    return min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture(scope="module")
