@@ -55,6 +55,7 @@ from ._types import (
     Conditioning as Conditioning,
     Loss as Loss,
     Network as Network,
+    Optimizer as Optimizer,
 )
 from .configs import (
     CONFIGS as CONFIGS,

@@ -28,17 +28,37 @@ Weight = Callable[[Schedule, Index], Float[Array, ""]]
 """A factor of the squared error at a step, called as `weight(schedule, t)`."""
 
 
-def split_output(output: Float[Array, "out height width"], x: Image) -> tuple[Image, Image | None]:
-    """The noise half of a network's output and, if it has one, the variance half."""
+def split_output(
+    output: Float[Array, "out height width"], channels: int
+) -> tuple[Image, Image | None]:
+    """A network's output taken apart: what it predicts, and its variance channels.
+
+    A loss of your own wants this: of one-channel images, `(2, height, width)` and
+    `(1, height, width)` broadcast, so that the squared error of an output with a learned variance
+    is a number too, of the noise and the variance alike.
+
+    **Arguments:**
+
+    - `output`: the network's, of one example.
+    - `channels`: of the network's input, e.g. `x.shape[0]`.
+
+    **Returns:**
+
+    The first `channels` channels, and the other half or, of a network with `learn_sigma=False`,
+    `None`; in at least float32.
+
+    **Raises:**
+
+    `ValueError` for an output that has neither `channels` channels nor twice as many.
+    """
     output = upcast(output)
-    channels = x.shape[0]
-    if output.shape == x.shape:
+    if output.shape[0] == channels:
         return output, None
-    if output.shape == (2 * channels, *x.shape[1:]):
+    if output.shape[0] == 2 * channels:
         return output[:channels], output[channels:]
     raise ValueError(
-        f"the network's output has shape {output.shape}: for x of shape {x.shape} it should have "
-        f"{channels} channels, or {2 * channels} with a learned variance"
+        f"the network's output has shape {output.shape}: for an input of {channels} channels it "
+        f"should have {channels} channels, or {2 * channels} with a learned variance"
     )
 
 
@@ -100,7 +120,7 @@ def vb_term(
         [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
     """
     check_choice("likelihood", likelihood, LIKELIHOODS)
-    value, values = split_output(output, x0)
+    value, values = split_output(output, x0.shape[0])
     log_variance = log_variance_of(schedule, t, values, variance)
     x0_hat, _ = x0_and_eps(schedule, xt, t, value, prediction)
     mean, _ = posterior(schedule, jnp.clip(x0_hat, -1, 1) if clip else x0_hat, xt, t)
@@ -144,7 +164,7 @@ def hybrid_terms(
 
         Sections 3.1 and 3.3 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
     """
-    value, values = split_output(output, x0)
+    value, values = split_output(output, x0.shape[0])
     if values is not None:
         output = jnp.concatenate([jax.lax.stop_gradient(value), values])
     vb = vb_term(schedule, output, x0, xt, t, prediction=prediction, likelihood=likelihood)
@@ -240,7 +260,7 @@ def simple_loss(
     prediction.
     """
     output, _, t, noise = _corrupt(network, schedule, x0, cond, key, t, noise)
-    mse = _mse(schedule, split_output(output, x0)[0], x0, t, noise, prediction)
+    mse = _mse(schedule, split_output(output, x0.shape[0])[0], x0, t, noise, prediction)
     return mse if weight is None else weight(schedule, t) * mse
 
 
@@ -437,7 +457,7 @@ def bits_per_dim(
             likelihood=likelihood,
             clip=clip,
         )
-        mse = _mse(schedule, split_output(output, x0)[0], x0, t, noise, prediction)
+        mse = _mse(schedule, split_output(output, x0.shape[0])[0], x0, t, noise, prediction)
         return carry, (term, mse)
 
     terms, mse = jax.lax.scan(step, None, jnp.arange(schedule.steps))[1]

@@ -149,6 +149,11 @@ class _Run:
     def __init__(self, settings: Settings, folder: Folder, task: Task):
         self.settings, self.folder, self.task = settings, folder, task
         self.mesh = data_mesh()
+        if self.mesh is None and settings.sharding != "replicated":
+            raise ValueError(
+                f"sharding={settings.sharding!r} divides the state among devices, but there is "
+                "one: --sharding replicated trains on it, whatever the run was begun with"
+            )
         self.decoder = _task.decoder(settings, task.about)
         schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
         self.step = make_train_step(

@@ -126,17 +126,17 @@ def over_devices(
     **Arguments:**
 
     - `gradient`: called on each device as `gradient(params, static, batch, layout)` with its share
-        of the batch, returns its losses and its gradient of their mean.
+        of the batch, returns what its examples gave and its gradient of their mean loss.
     - `ordered`: whether to sum in the order of the mesh.
 
     **Returns:**
 
-    A function `(params, static, batch) -> (losses, grads)` of whole arrays.
+    A function `(params, static, batch) -> (results, grads)` of whole arrays.
     """
     count = mesh.shape[DATA]
     everywhere, shared = PartitionSpec(), PartitionSpec(DATA)
 
-    def run(params: PyTree, static: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    def run(params: PyTree, static: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         arrays, rest = eqx.partition(static, eqx.is_array)
         own = specs(params, mesh, divide="network" in _DIVIDED[sharding])
         result = specs(params, mesh, divide="opt_state" in _DIVIDED[sharding])
@@ -151,7 +151,7 @@ def over_devices(
                 total = sum_scatter(grad, axis, ordered=ordered)
             return total.astype(grad.dtype) / count
 
-        def on_device(params: PyTree, arrays: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+        def on_device(params: PyTree, arrays: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
             # With device-varying parameters the gradient is this device's own, and is averaged
             # once, below. Left replicated, it would be summed behind our back.
             varying = jax.tree.map(
@@ -159,8 +159,8 @@ def over_devices(
                 params,
                 own,
             )
-            losses, grads = gradient(varying, eqx.combine(arrays, rest), batch, own)
-            return gather(losses), jax.tree.map(mean, grads, own, result)
+            results, grads = gradient(varying, eqx.combine(arrays, rest), batch, own)
+            return jax.tree.map(gather, results), jax.tree.map(mean, grads, own, result)
 
         return jax.shard_map(
             on_device,

@@ -80,7 +80,12 @@ class Stack(eqx.Module):
 
         def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
             block = whole(eqx.combine(arrays, static))
-            return _checked(block, block(tokens, cond), tokens), None
+            try:
+                out = block(tokens, cond)
+            except Exception as error:
+                error.add_note(_where(block, tokens))
+                raise
+            return _checked(block, out, tokens), None
 
         remat = self.remat or "none"
         # Parameters that are gathered for one block are let go after it, even without remat.
@@ -114,6 +119,19 @@ class Stack(eqx.Module):
 def _holds_parts(tree: Any) -> bool:
     is_part = lambda node: isinstance(node, Part)  # noqa: E731
     return any(map(is_part, jax.tree.leaves(tree, is_leaf=is_part)))
+
+
+def _where(block: Any, tokens: Array) -> str:
+    """A note to the error of a block; all of a stack run as one program, so none has a number."""
+    note = f"This was in a {type(block).__name__}, called with tokens of shape {tokens.shape}."
+    is_theirs = lambda node: type(node).__module__.startswith("equinox.nn")  # noqa: E731
+    found = [node for node in jax.tree.leaves(block, is_leaf=is_theirs) if is_theirs(node)]
+    if found:
+        note += (
+            f" It holds a {type(found[0]).__name__} of equinox.nn, which takes one token: map it "
+            "over all of them, jax.vmap(layer)(tokens)."
+        )
+    return note
 
 
 def _checked(block: Any, out: Any, tokens: Array) -> Array:

@@ -33,7 +33,7 @@ def _predicted(
     clip: bool,
 ) -> tuple[Image, Image, Image | None]:
     """The clean example and the noise that the network implies, and its variance channels."""
-    value, values = split_output(network(x, at(schedule.time, t), cond), x)
+    value, values = split_output(network(x, at(schedule.time, t), cond), x.shape[0])
     x0, eps = x0_and_eps(schedule, x, t, value, prediction)
     if clip:
         x0 = jnp.clip(x0, -1.0, 1.0)
@@ -162,7 +162,7 @@ def ddim_inversion_step(
 
         Section 4.3 of [Song et al. 2021](https://arxiv.org/abs/2010.02502).
     """
-    value, _ = split_output(network(x, at(schedule.time, t), cond), x)
+    value, _ = split_output(network(x, at(schedule.time, t), cond), x.shape[0])
     _, eps = x0_and_eps(schedule, x, t, value, prediction)
     signal = at(schedule.sqrt_alphas_cumprod_prev, t).astype(eps.dtype)
     noise = jnp.sqrt(at(schedule.one_minus_alphas_cumprod_prev, t)).astype(eps.dtype)
@@ -188,16 +188,18 @@ def sample(
     **Arguments:**
 
     - `step`: called as `step(x, t, cond, key=key)`, e.g.
-        `partial(ddim_step, network, schedule)`. Make the `partial` inside the function that is
-        jitted and pass the network to that as an argument: a closure would bake the weights into
-        the program.
+        `partial(ddim_step, network, schedule)`; returns the next `x`. Make the `partial` inside the
+        function that is jitted and pass the network to that as an argument: a closure would bake
+        the weights into the program.
     - `schedule`: the step's own: gives the number of steps.
-    - `noise`: where to start: standard normal, in the shape of one example.
+    - `noise`: where to start: standard normal, in the shape of one example. For a step that
+        remembers, a tree of arrays such as the pair of the example and the last prediction: what
+        the step takes as `x` and returns.
     - `cond`: passed to `step`.
     - `key`: of this example; every step gets its own.
     - `ascending`: from step 0 up instead, e.g. for [`equidit.diffusion.ddim_inversion_step`][].
-    - `has_aux`: whether `step` returns a pair, of which the second is to be collected, e.g. the
-        predicted clean example (`partial(ddim_step, ..., with_x0=True)`).
+    - `has_aux`: whether `step` returns the pair of the next `x` and something to be collected, e.g.
+        the predicted clean example (`partial(ddim_step, ..., with_x0=True)`).
     - `trajectory`: whether the examples after each step are collected.
     - `progress`: called on the host as `progress(i)` after step number `i`, from 1, in any order.
     - `check_finite`: for debugging: raises if an example is not finite after a step, and names the
@@ -210,8 +212,8 @@ def sample(
 
     **Raises:**
 
-    `ValueError` if the step was made with a schedule of another length, and for `has_aux` that does
-    not agree with what the step returns.
+    `ValueError` if the step was made with a schedule of another length, and for a step that does
+    not return what it was given, or with `has_aux` the pair of that and something else.
     """
     _check_schedule(step, schedule)
     order = jnp.arange(schedule.steps)
@@ -220,11 +222,7 @@ def sample(
         x, bad = carry
         t = i if ascending else schedule.steps - 1 - i
         out = step(x, t, cond, key=jax.random.fold_in(key, t))
-        if has_aux != (isinstance(out, tuple) and len(out) == 2):
-            raise ValueError(
-                f"has_aux={has_aux}, but the step returned a {type(out).__name__}: pass "
-                "has_aux=True exactly where it returns a pair, e.g. with_x0=True"
-            )
+        _check_returned(out, x, has_aux)
         x, aux = out if has_aux else (out, None)
         if progress is not None:
             jax.debug.callback(progress, i + 1)
@@ -248,6 +246,22 @@ def _check_schedule(step: Any, schedule: Schedule) -> None:
                 f"the step was made with a schedule of {other.steps} steps, but schedule has "
                 f"{schedule.steps}: pass the same one to both"
             )
+
+
+def _check_returned(out: Any, x: Any, has_aux: bool) -> None:
+    """By structure: a pair may as well be what the step remembers."""
+    structure = jax.tree.structure(x)
+    pair = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == structure
+    if pair if has_aux else jax.tree.structure(out) == structure:
+        return
+    if has_aux:
+        remedy = "pass has_aux=False, or return the pair of the next x and what is to be collected"
+    elif pair:
+        remedy = "pass has_aux=True to collect the second, e.g. with with_x0=True"
+    else:
+        remedy = "a step returns the next x, in the structure of noise"
+    found, wanted = (eqx.tree_pformat(tree) for tree in (out, x))
+    raise ValueError(f"has_aux={has_aux}, but the step returned {found} for x {wanted}: {remedy}")
 
 
 def _finite(tree: PyTree) -> Bool[Array, ""]:

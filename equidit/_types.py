@@ -87,7 +87,31 @@ class Loss(Protocol):
     """A training objective: anything called as `loss(network, example, key)`, for one example.
 
     `network` is what is trained, `example` one element of the batch (any pytree) and `key` that
-    example's own. The result is one number, whose mean over the batch is minimised.
+    example's own. The result is one number, whose mean over the batch is minimised; or the pair
+    `(number, {name: number})`, where the means of the named numbers join the step's metrics.
+
+    Shapes that differ broadcast without a word: of an image of one channel, the squared error of
+    an output with a learned variance would be the mean over noise and variance alike. Take the
+    output apart by [`equidit.diffusion.split_output`][], which checks its channels.
     """
 
-    def __call__(self, network: Any, example: PyTree, key: PRNGKey, /) -> Float[Array, ""]: ...
+    def __call__(
+        self, network: Any, example: PyTree, key: PRNGKey, /
+    ) -> Float[Array, ""] | tuple[Float[Array, ""], dict[str, Any]]: ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What turns gradients into updates: an optimizer of optax, or anything with its two methods,
+    such as `optax.MultiSteps`.
+
+    `init(params)` makes the state. `update(updates, state, params)` takes the gradients and returns
+    the pair of what is added to the parameters and the next state. If it takes further arguments by
+    name (`**extra_args`), the training step passes `value=`, the loss.
+    """
+
+    def init(self, params: PyTree, /) -> PyTree: ...
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, /
+    ) -> tuple[PyTree, PyTree]: ...

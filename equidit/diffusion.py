@@ -15,6 +15,7 @@ from ._objectives import (
     min_snr_weight as min_snr_weight,
     rescaled_hybrid_loss as rescaled_hybrid_loss,
     simple_loss as simple_loss,
+    split_output as split_output,
     vb_term as vb_term,
     vlb_loss as vlb_loss,
 )

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Int, PyTree
 
 from ._arguments import accepting
-from ._common import check_positive, upcast
+from ._common import check_positive
 from ._ema import (
     Decay as Decay,
     ema_update as ema_update,
@@ -20,6 +20,18 @@ from ._ema import (
     reconstruct_ema as reconstruct_ema,
     std_to_gamma as std_to_gamma,
 )
+from ._handover import (
+    Metrics,
+    buffer,
+    check_averages,
+    check_batch,
+    check_dtype,
+    check_network,
+    check_state,
+    reported,
+    unshared,
+    updates_of,
+)
 from ._sharding import (
     assemble,
     check_sharding,
@@ -27,7 +39,7 @@ from ._sharding import (
     over_devices,
     shardings as shardings,
 )
-from ._types import Loss, Number, PRNGKey
+from ._types import Loss, Number, Optimizer, PRNGKey
 
 Tree = TypeVar("Tree")
 
@@ -52,38 +64,47 @@ class TrainState(eqx.Module):
 
 def init_state(
     network: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     ema_names: Iterable[str] | None = None,
 ) -> TrainState:
     """The state at step 0, its EMA a copy of the network.
 
     The state takes over `network`'s arrays: the first training step donates them, after which only
-    the state that it returns is alive.
+    the state that it returns is alive. To use `network` beside it, pass a copy,
+    `jax.tree.map(jnp.copy, network)`.
 
     **Arguments:**
 
     - `network`: what is to be trained, any Module: its floating-point arrays are the parameters.
-    - `optimizer`: optax's.
+    - `optimizer`: optax's, or any [`equidit.Optimizer`][].
     - `ema_names`: of several averages, e.g. the dictionary that `make_train_step` is given as
         `ema_decay`; each begins as a copy. `None` is one average.
 
     **Returns:**
 
     The state, for [`equidit.make_train_step`][].
+
+    **Raises:**
+
+    `ValueError` for a network that a training step has donated, and for one that holds the same
+    array in two places.
     """
+    check_network(network)
 
     def copy() -> PyTree:
         return jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, network)
 
     ema = copy() if ema_names is None else {name: copy() for name in ema_names}
     opt_state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
+    # Some optimizers remember the parameters that they began with: the network's own arrays.
+    network, opt_state = unshared((network, opt_state), key=buffer)
     return TrainState(jnp.zeros((), jnp.int32), network, ema, opt_state)
 
 
 def init_sharded(
     make_network: Callable[[], PyTree],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     sharding: str,
     *,
@@ -119,12 +140,14 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
     **Arguments:**
 
     - `tree`: a network, or any pytree.
-    - `dtype`: e.g. `jnp.bfloat16`.
+    - `dtype`: e.g. `jnp.bfloat16`, or its name; `ValueError` for one that is no floating-point
+        dtype.
 
     **Returns:**
 
     A tree of the same structure.
     """
+    check_dtype(dtype)
     return jax.tree.map(
         lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
     )
@@ -132,7 +155,7 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
 
 def make_train_step(
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     ema_decay: Decay | Mapping[str, Decay] = 0.9999,
     dtype: DTypeLike | None = None,
@@ -146,14 +169,17 @@ def make_train_step(
 
     **Arguments:**
 
-    - `loss`: a [`equidit.Loss`][], `loss(network, example, key)`, for one example.
-    - `optimizer`: from optax; sees float32 gradients of the mean loss over the whole batch, as
-        whole arrays however they are laid out, so that any optimizer is right in any mode.
+    - `loss`: a [`equidit.Loss`][], `loss(network, example, key)`, for one example: returns its
+        number, or the pair `(number, {name: number})` of it and numbers to report.
+    - `optimizer`: from optax, or any [`equidit.Optimizer`][]; sees float32 gradients of the mean
+        loss over the whole batch, as whole arrays however they are laid out, so that any optimizer
+        is right in any mode. The loss itself is `value=` to those that take it, such as
+        `optax.contrib.momo` and `reduce_on_plateau`.
     - `ema_decay`: a number, or a function of the step such as [`equidit.ema_warmup`][] or
         [`equidit.power_ema_decay`][]; or a dictionary of these, for as many averages: pass it to
         [`equidit.init_state`][] too, as `ema_names`.
-    - `dtype`: what the loss's network computes in, e.g. `jnp.bfloat16`; parameters, gradients,
-        optimizer and EMA keep their own. `None` leaves the network as it is.
+    - `dtype`: what the loss's network computes in, e.g. `jnp.bfloat16` or its name;
+        parameters, gradients, optimizer and EMA keep their own. `None` leaves the network as it is.
     - `mesh`: devices to share the batch, along the mesh's axis `"data"`, on one host or several.
         `None` is one device.
     - `sharding`: what each device of the mesh holds: `"replicated"` all of the state; `"zero1"` a
@@ -170,10 +196,12 @@ def make_train_step(
 
     **Returns:**
 
-    A function of the state (donated: use the one it returns), the batch (a pytree whose leaves
+    A function of the state (donated: use the one it returns), the batch (a pytree of arrays that
     share a first axis, a multiple of devices times `accumulate`, else `ValueError`) and the run's
     key, the same at every step. The metrics, on all devices, are `loss`, `losses` (each example's),
-    `grad_norm` (before scaling), `param_norm` (of the weights before the update) and `skipped`.
+    `grad_norm` (before scaling), `param_norm` (of the weights before the update), `skipped`, and
+    the means over the batch of what the loss reports. They are a dictionary that prints its single
+    numbers, and of `losses` the shape.
 
     A step whose loss or gradient is not finite is `skipped`: network, EMA and optimizer stay as
     they were, bit for bit, and only the step is counted, so that the next has other data and keys.
@@ -189,7 +217,12 @@ def make_train_step(
     if mesh is not None:
         check_sharding(mesh, sharding)
     elif sharding != "replicated":
-        raise ValueError(f"sharding={sharding!r} needs a mesh: one device holds all of the state")
+        raise ValueError(
+            f"sharding={sharding!r} needs a mesh of the devices that share the state: without one, "
+            "a single device holds all of it, which is sharding='replicated'"
+        )
+    if dtype is not None:
+        check_dtype(dtype)
     devices = 1 if mesh is None else mesh.shape["data"]
     ordered = ordered_sums
     if ordered is None:
@@ -197,65 +230,61 @@ def make_train_step(
 
     def mean_loss(
         params: PyTree, static: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, PyTree]:
         network = assemble(params, static, layout, dtype, ordered=ordered)
-        losses = jax.vmap(lambda example, key: loss(network, example, key))(batch, keys)
-        if not eqx.is_array(losses) or losses.shape != keys.shape:
-            shapes = jax.tree.map(lambda leaf: leaf.shape[1:], losses)
-            raise ValueError(f"the loss must return one number an example, but returned {shapes}")
-        losses = upcast(losses)
-        return losses.mean(), losses
+        one = lambda example, key: reported(loss(network, example, key))  # noqa: E731
+        losses, numbers = jax.vmap(one)(batch, keys)
+        return losses.mean(), (losses, numbers)
 
     def gradient(
         params: PyTree, static: PyTree, batch_and_keys: PyTree, layout: PyTree | None = None
-    ) -> tuple[Array, PyTree]:
-        """One device's losses and the gradient of their mean."""
+    ) -> tuple[PyTree, PyTree]:
+        """What one device's examples gave, and the gradient of their mean loss."""
 
-        def micro(part: PyTree) -> tuple[Array, PyTree]:
+        def micro(part: PyTree) -> tuple[PyTree, PyTree]:
             grad = jax.value_and_grad(mean_loss, has_aux=True)
-            (_, losses), grads = grad(params, static, layout, *part)
-            return losses, grads
+            (_, results), grads = grad(params, static, layout, *part)
+            return results, grads
 
         if accumulate == 1:
             return micro(batch_and_keys)
         split = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch_and_keys)
         first, rest = (jax.tree.map(lambda a, s=s: a[s], split) for s in (0, slice(1, None)))
 
-        def add(total: PyTree, part: PyTree) -> tuple[PyTree, Array]:
-            losses, grads = micro(part)
-            return jax.tree.map(jnp.add, total, grads), losses
+        def add(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+            results, grads = micro(part)
+            return jax.tree.map(jnp.add, total, grads), results
 
-        losses, grads = micro(first)
+        results, grads = micro(first)
         grads, more = jax.lax.scan(add, grads, rest)
         grads = jax.tree.map(lambda grad: grad / accumulate, grads)
-        return jnp.concatenate([losses, more.ravel()]), grads
+        join = lambda a, rest: jnp.concatenate([a, rest.ravel()])  # noqa: E731
+        return jax.tree.map(join, results, more), grads
 
     whole_gradient = (
         gradient if mesh is None else over_devices(gradient, mesh, sharding, ordered=ordered)
     )
 
     # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
-    def update(
-        state: TrainState, batch: PyTree, key: PRNGKey
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, Metrics]:
         params, static = eqx.partition(state.network, eqx.is_inexact_array)
         index = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(index)
-        losses, grads = whole_gradient(params, static, (batch, keys))
-        metrics = {
-            "loss": losses.mean(),
-            "losses": losses,
-            "grad_norm": global_norm(grads, mesh, divided=sharding != "replicated"),
-            "param_norm": global_norm(params, mesh, divided=sharding == "fsdp"),
-        }
+        (losses, numbers), grads = whole_gradient(params, static, (batch, keys))
+        metrics = Metrics(
+            loss=losses.mean(),
+            losses=losses,
+            grad_norm=global_norm(grads, mesh, divided=sharding != "replicated"),
+            param_norm=global_norm(params, mesh, divided=sharding == "fsdp"),
+        )
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = ~finite
+        metrics |= {name: values.mean() for name, values in numbers.items()}
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / metrics["grad_norm"])
             grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
 
-        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        updates, opt_state = updates_of(optimizer, grads, state.opt_state, params, metrics["loss"])
         network = eqx.combine(optax.apply_updates(params, updates), static)
         ema = _ema(state, network, ema_decay)
         new = TrainState(state.step, network, ema, opt_state)
@@ -265,15 +294,18 @@ def make_train_step(
         return eqx.tree_at(lambda s: s.step, new, state.step + 1), metrics
 
     @eqx.filter_jit(donate="all-except-first")
-    def run(batch_and_key: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    def run(batch_and_key: PyTree, state: TrainState) -> tuple[TrainState, Metrics]:
         new, metrics = update(state, *batch_and_key)
         if mesh is None:
             return new, metrics
         return _placed(jax.lax.with_sharding_constraint, new, mesh, sharding), metrics
 
-    def step(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch(batch, devices, accumulate)
-        _check_ema(state.ema, ema_decay)
+    def step(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, Metrics]:
+        check_batch(batch, devices, accumulate)
+        check_state(state)
+        if isinstance(ema_decay, Mapping):
+            check_averages(state.ema, ema_decay)
+        state = unshared(state)
         if mesh is not None:
             # Already there, but for the first step: without it that would compile by itself.
             state = _placed(jax.device_put, state, mesh, sharding)
@@ -302,29 +334,3 @@ def _ema(state: TrainState, network: PyTree, decay: Decay | Mapping[str, Decay])
 
 def _is_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _check_ema(ema: PyTree, decay: Decay | Mapping[str, Decay]) -> None:
-    if not isinstance(decay, Mapping):
-        return
-    found = set(ema) if isinstance(ema, dict) else None
-    if found != set(decay):
-        raise ValueError(
-            f"ema_decay names the averages {sorted(decay)}, but the state holds "
-            f"{'one without a name' if found is None else sorted(found)}: "
-            "pass ema_names=ema_decay to init_state"
-        )
-
-
-def _check_batch(batch: PyTree, devices: int, accumulate: int) -> None:
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(f"the leaves of a batch must share their first axis, but have {sizes}")
-    ((size,),) = sizes
-    unit = devices * accumulate
-    if size < 1 or size % unit:
-        fit = max(unit, size // unit * unit)
-        raise ValueError(
-            f"a batch of {size} does not divide over {devices} devices x {accumulate} "
-            f"micro-batches: take a multiple of {unit} such as {fit} or {fit + unit}"
-        )

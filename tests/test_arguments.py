@@ -88,6 +88,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "x0_and_eps": (dfn.x0_and_eps, SCHEDULE, X, T, Y),
     "vb_term": (dfn.vb_term, SCHEDULE, OUTPUT, X, Y, T),
     "hybrid_terms": (dfn.hybrid_terms, SCHEDULE, OUTPUT, X, Y, T, Z),
+    "split_output": (dfn.split_output, OUTPUT, 1),
     "min_snr_weight": (dfn.min_snr_weight, SCHEDULE, T),
     "BitsPerDim.__init__": (dfn.BitsPerDim, TOKENS[0, 0], TOKENS[0, 1], TOKENS[0], TOKENS[1]),
     "LossSecondMoment.update": (dfn.LossSecondMoment(8, 2).update, jnp.arange(3), TOKENS[0, :3]),

@@ -31,6 +31,7 @@ PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "gui
 TRAINING = [
     "_ema",
     "_sharding",
+    "_handover",
     "train",
     "hosts",
     "_fingerprint",
