@@ -14,6 +14,7 @@ from test_train import KEY, mesh, run
 import equidit as edt
 from equidit.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 MATRICES = ("hidden", "input", "output")
 
 
@@ -278,7 +279,7 @@ def test_muon_takes_what_it_is_told():
     def update(**options):
         optimizer = edt.muon(0.1, **options)
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(ones, optimizer.init(params))[0]
+            return optimizer.update(ones, optimizer.init(params), params)[0]
 
     own, told, by_function = update(), update(kinds=kinds), update(kinds=lambda _: kinds)
     assert tree_allclose(told, by_function)
@@ -295,9 +296,8 @@ def test_muon_in_the_training_step():
     optimizer = edt.muon(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1)
     one = run(optimizer, steps=3)
     assert one[1][-1]["loss"] < one[1][0]["loss"]
-    for sharding in ("zero1", "fsdp"):
-        eight = run(optimizer, steps=3, mesh=mesh(8), sharding=sharding)
-        assert difference(one[0].network, eight[0].network) < 1e-3
+    eight = run(optimizer, steps=3, mesh=mesh(8), sharding="fsdp")
+    assert difference(one[0].network, eight[0].network) < 1e-3
 
 
 def test_muon_with_traced_hyperparameters():
