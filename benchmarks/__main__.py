@@ -17,6 +17,7 @@ PARTS = (
     "memory",
     "digits",
     "blocks",
+    "optimizers",
     "guidance",
     "autoencoder",
     "loading",

@@ -49,6 +49,11 @@ from ._ops import (
     timestep_features as timestep_features,
     unpatchify as unpatchify,
 )
+from ._parameters import (
+    ParameterKind as ParameterKind,
+    muon as muon,
+    parameter_kinds as parameter_kinds,
+)
 from ._stack import Stack as Stack
 from ._types import (
     Block as Block,

@@ -77,6 +77,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "guide": (lambda s: edt.guide(NETWORK, s, 10)(X, T, LABEL), jnp.asarray(2.0)),
     "drop_label": (lambda *a: edt.drop_label(*a, key=KEY), LABEL, 10, jnp.asarray(0.5)),
     "ema_update": (edt.ema_update, NETWORK, NETWORK, jnp.asarray(0.5)),
+    "muon": (
+        lambda r: edt.muon(r).update(NETWORK, edt.muon(r).init(NETWORK), NETWORK)[0],
+        jnp.asarray(0.1),
+    ),
     "TrainState.__init__": (edt.TrainState, T, NETWORK, NETWORK, ()),
     "Autoencoder.encode": (AUTOENCODER.encode, X),
     "Autoencoder.decode": (AUTOENCODER.decode, jnp.concatenate([X, Y])),

@@ -19,6 +19,7 @@ NETWORK = [
     "_blocks",
     "_stack",
     "_dit",
+    "_parameters",
     "configs",
     "_counting",
     "vae",
