@@ -363,18 +363,18 @@ def batches(
 
     **Raises:**
 
-    `ValueError` if the processes do not divide the batch, the source is empty, or a label is out of
-    range; and from the
-    iterator [`equidit.data.ImageError`][], which names the file and the index, and
-    `ChildProcessError` if a worker died.
+    `ValueError` if the processes do not divide the batch, the source is empty, its arrays do not
+    share their first axis, or a label is out of range; and from the iterator
+    [`equidit.data.ImageError`][], which names the file and the index, and `ChildProcessError` if a
+    worker died.
     """
     number, count = process
+    if not 0 <= number < count:
+        raise ValueError(f"process={process} must be a number from 0, and how many there are")
     source = _source(source)
     check_positive(batch_size=batch_size, examples=len(source.label))
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the processes")
-    if not 0 <= number < count:
-        raise ValueError(f"process={process} must be a number from 0, and how many there are")
     if num_classes is not None:
         check_labels(source.label, num_classes)
     with extra("train"):

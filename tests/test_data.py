@@ -147,7 +147,7 @@ TREES = {
     "dictionary": ({"x": X, "label": Y}, Y),
     "images": (Images(X.reshape(7, 1, 5, 1), Y), Y),
     "dataclass": (Pair(X, Y), Y),
-    "module": (edt.Conditioning(jnp.asarray(X, jnp.float32), jnp.asarray(X)[..., None]), None),
+    "module": (edt.Conditioning(jnp.arange(7.0), mask=jnp.arange(7) < 3), None),
     "half": (jnp.asarray(X, jnp.bfloat16), None),
     "words": ({"x": X, "name": np.array(list("abcdefg"))}, None),
 }
@@ -168,7 +168,7 @@ def test_batches_of_any_pytree_of_arrays(name):
             np.testing.assert_array_equal(a, b)
     train, rest = held_out(arrays, 3)
     assert len(train.label) == 4
-    assert jax.tree.structure(rest.read(0, None)) == jax.tree.structure(arrays)
+    assert jax.tree.structure(rest.read(0, np.random.default_rng(0))) == jax.tree.structure(arrays)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_batches_of_any_pytree_of_arrays(name):
         ((X, Y[:5]), r"\[0\]': \(7, 5\), 'arrays\[1\]': \(5,\)"),
         ((), "it has {}"),
         (3, r"'arrays': \(\)"),
-        ({"x": X, "size": 5}, r"'arrays\['size'\]\\?': \(\)|size.*\(\)"),
+        ({"x": X, "size": 5}, r"size.*: \(\)"),
         (object(), r"'arrays': \(\)"),
     ],
 )
