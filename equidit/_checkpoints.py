@@ -20,6 +20,7 @@ from ._fingerprint import fingerprints, is_array, named
 from ._record import CheckpointError, Damaged, Record
 from ._storage import locked
 from ._together import everywhere, together
+from ._types import StrPath
 
 
 class Restored(NamedTuple):
@@ -55,7 +56,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: StrPath,
         *,
         keep_last: int = 3,
         keep_every: int | None = None,
@@ -99,7 +100,12 @@ class Checkpoints:
                     shutil.rmtree(path)
 
     def save(
-        self, step: int, state: PyTree, *, data: dict[str, Any], config: dict[str, Any]
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        data: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
         """Begins to save, once an earlier save is finished; returns when `state` may be donated.
 
@@ -107,8 +113,9 @@ class Checkpoints:
 
         - `step`: newer than any checkpoint that is there.
         - `state`: its arrays are saved; other leaves are left to `like` when restoring.
-        - `data`: the position in the data, as JSON; that of the first process counts.
-        - `config`: the run's configuration, as JSON.
+        - `data`: the position in the data, as JSON; that of the first process counts. `None` is
+            `{}`.
+        - `config`: the run's configuration, as JSON. `None` is `{}`.
 
         **Raises:**
 
@@ -129,7 +136,7 @@ class Checkpoints:
             )
         digits = fingerprints(arrays)
         described = {n: [str(a.dtype), list(a.shape), digits[n]] for n, a in arrays.items()}
-        record = Record(step, data, config, described).to_json()
+        record = Record(step, data or {}, config or {}, described).to_json()
         self._saving = step
         try:
             _orbax.write(self._manager, step, arrays, record)

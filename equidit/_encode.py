@@ -19,6 +19,7 @@ from ._images import ImageError, ImageFolder, Small, read_image
 from ._latents import FORMAT, SKIPPED, open_latents
 from ._resumable import Partial
 from ._storage import replace
+from ._types import StrPath
 from .checkpoint import fingerprint
 from .vae import Autoencoder
 
@@ -29,7 +30,7 @@ with extra("train"):
 def encode(
     vae: Autoencoder,
     folder: ImageFolder,
-    out: Path,
+    out: StrPath,
     *,
     size: int,
     small: Small = "refuse",
@@ -57,6 +58,7 @@ def encode(
     autoencoder; `ArithmeticError` naming a picture whose moments are not finite.
     """
     check_positive(size=size, batch_size=batch_size)
+    out = Path(out)
     if size % vae.downsampling:
         raise ValueError(
             f"size={size} must be a multiple of {vae.downsampling}, the autoencoder's downsampling"

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._common import extra
-
-StrPath = str | os.PathLike[str]
+from ._types import StrPath
 
 _WEIGHTS = "diffusion_pytorch_model"
 _INDEX = f"{_WEIGHTS}.safetensors.index.json"

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
+from ._types import StrPath
+
 FORMAT = 2
 SKIPPED = -1
 """The label of a picture that could not be read."""
@@ -32,7 +34,7 @@ class LatentCache:
     info: dict[str, Any]
 
 
-def open_latents(path: Path) -> LatentCache:
+def open_latents(path: StrPath) -> LatentCache:
     """Opens a cache of latents without reading the latents.
 
     **Arguments:**
@@ -48,7 +50,8 @@ def open_latents(path: Path) -> LatentCache:
     `FileNotFoundError` if there is none, or an unfinished one; `ValueError` if it is damaged, of
     a newer format, or has rows that were never written (some that older versions made).
     """
-    if path.with_name(path.name + ".unfinished").is_dir() and not path.exists():
+    path = Path(path)
+    if not path.exists() and path.with_name(path.name + ".unfinished").is_dir():
         raise FileNotFoundError(f"{path} is not finished: run the same `equidit encode` again")
     if not (path / "info.json").is_file():
         raise FileNotFoundError(f"{path} is no cache of latents: `equidit encode` makes one")

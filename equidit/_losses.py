@@ -69,7 +69,7 @@ def validation(
     """A row of metrics.jsonl: the EMA's loss on the held-out examples."""
     if held_out is None:
         return {}
-    count, devices = len(held_out.label), jax.device_count()
+    count, devices = len(held_out.label), 1 if mesh is None else mesh.size
     # Filled up, so that the devices divide them.
     rows = np.arange(-(-count // devices) * devices) % count
     examples = jax.tree.map(lambda leaf: leaf[rows], held_out)

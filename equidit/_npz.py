@@ -15,7 +15,7 @@ from ._common import check_positive, extra
 from ._resumable import Partial
 from ._sampling import Sampling, batches, group_of
 from ._storage import replacing
-from ._types import PRNGKey
+from ._types import PRNGKey, StrPath
 
 with extra("train"):
     from tqdm import tqdm
@@ -25,7 +25,7 @@ FORMAT = 2
 
 
 def write_npz(
-    path: Path,
+    path: StrPath,
     sampling: Sampling,
     labels: Integer[np.ndarray, " batch"],
     *,
@@ -45,6 +45,7 @@ def write_npz(
         another one is refused. If the file is there and was made with the same, nothing is done.
     """
     check_positive(batch_size=batch_size, count=len(labels))
+    path = Path(path)
     channels, height, width = jax.eval_shape(
         sampling.many, *(jax.ShapeDtypeStruct((1,), np.int32),) * 2
     ).shape[1:]

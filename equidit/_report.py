@@ -1,7 +1,6 @@
 """What a run shows for itself: pictures, and figures of quality."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ._common import extra
+from ._types import StrPath
 from .data import Images
 from .metrics import frechet_distance, nearest_distance
 
@@ -44,7 +44,7 @@ def quality(samples: Images, train_set: Images, held_out: Images) -> dict[str, f
 
 
 def grid(
-    path: Path,
+    path: StrPath,
     images: Float[np.ndarray, "rows columns channels height width"],
     names: Iterable[Any],
 ) -> None:
@@ -73,7 +73,7 @@ def grid(
     figure.savefig(path)
 
 
-def loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def loss_curve(path: StrPath, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a picture of the rows of metrics.jsonl: training loss, and validation by quartile."""
     with extra("train"):
         from matplotlib.figure import Figure

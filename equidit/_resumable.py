@@ -12,6 +12,7 @@ import numpy as np
 
 from ._common import check_positive
 from ._storage import locked, replace
+from ._types import StrPath
 
 
 class Partial:
@@ -21,9 +22,10 @@ class Partial:
     again. The settings say what the groups depend on: others are refused.
     """
 
-    def __init__(self, result: Path):
-        self.result = result
-        self.folder = result.with_name(result.name + ".unfinished")
+    def __init__(self, result: StrPath):
+        self.result = Path(result)
+        whole = self.result.absolute()  # "." has no name
+        self.folder = whole.with_name(whole.name + ".unfinished")
 
     _settings = property(lambda self: self.folder / "settings.json")
     _done = property(lambda self: self.folder / "done")

@@ -28,7 +28,7 @@ from ._sampling import Sampling, draw
 from ._settings import SCHEDULE_STEPS, Settings
 from ._storage import locked, replace
 from ._task import About, Task
-from ._types import Network
+from ._types import Network, StrPath
 from ._watch import Guard, Interrupts, Trace
 from .checkpoint import CheckpointError, Checkpoints
 from .configs import build, num_macs
@@ -86,9 +86,9 @@ def state_like(settings: Settings, about: About, mesh: Mesh | None) -> TrainStat
     return eqx.combine(jax.tree.map(placed, arrays, layout), like)
 
 
-def restore_ema(path: Path) -> Network:
+def restore_ema(path: StrPath) -> Network:
     """The averaged weights of a run's newest checkpoint. Nothing else is read."""
-    folder = Folder(path)
+    folder = Folder(Path(path))
     settings, about = folder.read()
     like = state_like(settings, about, None)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
@@ -132,6 +132,8 @@ def train(
         raise ValueError(
             f"{settings.data} is not what the run was begun with: {task.about}, was {saved_about}"
         )
+    if task.left_out:
+        tell(task.left_out)
     run = _Run(settings, folder, task)
     if not resume:
         # What is wrong is said before a file is written.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from . import _run, _task, pretrained
 from ._folder import Folder
+from ._types import StrPath
 
 
 class Source(NamedTuple):
@@ -28,14 +29,14 @@ class Source(NamedTuple):
     published: bool
 
 
-def of_run(path: Path, vae: str | None = None) -> Source:
+def of_run(path: StrPath, vae: str | None = None) -> Source:
     """The averaged weights of a run.
 
     **Arguments:**
 
     - `vae`: the autoencoder of its latents; `None` is the one that it was trained with.
     """
-    settings, about = Folder(path).read()
+    settings, about = Folder(Path(path)).read()
     decoder = _task.decoder(settings, about, vae)
     if about.autoencoder is not None and decoder is None:
         raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from ._types import StrPath
 
-def replace(path: str | os.PathLike[str], text: str) -> None:
+
+def replace(path: StrPath, text: str) -> None:
     """Writes a text file, replacing an older one only once complete."""
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: StrPath) -> Iterator[IO[bytes]]:
     """A file to write to, which replaces an older one at `path` only once complete."""
+    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -27,7 +30,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def append(path: Path, text: str) -> None:
+def append(path: StrPath, text: str) -> None:
     """Adds to a text file. If that fails, nothing of it stays."""
     with open(path, "ab", buffering=0) as file:
         size, rest = file.tell(), text.encode()
@@ -40,7 +43,7 @@ def append(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: StrPath) -> Iterator[None]:
     """Holds a lock file, which a killed process gives up: `FileExistsError` if another has it."""
     try:
         import fcntl
@@ -52,6 +55,6 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(
-                f"another process is at work in {path.parent}: wait for it, or end it"
+                f"another process is at work in {Path(path).parent}: wait for it, or end it"
             ) from None
         yield

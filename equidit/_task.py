@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from . import data
+from ._images import left_out
 from ._settings import Settings
 from .checkpoint import fingerprint
 from .pretrained import load_vae
@@ -34,11 +35,17 @@ class About:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Data to train on, data to validate on (in memory), and what the network must know of them."""
+    """Data to train on, data to validate on (in memory), and what the network must know of them.
+
+    **Fields:**
+
+    - `left_out`: what a folder has beside them, for the user to be told; empty if nothing.
+    """
 
     train: Any
     held_out: Any
     about: About
+    left_out: str = ""
 
 
 def load(settings: Settings) -> Task:
@@ -46,8 +53,8 @@ def load(settings: Settings) -> Task:
 
     **Raises:**
 
-    `FileNotFoundError`, `ValueError` for data that cannot be used: no pictures, a single class,
-    fewer examples than a batch or than are to be held out.
+    `FileNotFoundError`, `ValueError` for data that cannot be used: no pictures, labels out of
+    range, fewer examples than a batch or than are to be held out.
     """
     kind, path = settings.source
     if kind == "digits":
@@ -57,8 +64,10 @@ def load(settings: Settings) -> Task:
         data.check_labels(train.label, about.num_classes)
         return Task(train, held_out, about)
     assert path is not None
+    words = ""
     if kind == "folder":
         folder = data.image_folder(path)
+        words = left_out(folder)
         source: Any = data.FolderSource(folder, settings.size, small=settings.small)
         about = About((3, settings.size, settings.size), folder.classes, None)
     else:
@@ -66,11 +75,6 @@ def load(settings: Settings) -> Task:
         info = source.cache.info
         shape = source.cache.mean.shape[2:]
         about = About(shape, tuple(info["classes"]), info["autoencoder"])
-    if about.num_classes < 2:
-        raise ValueError(
-            f"{path} has one class, {about.classes[0]!r}: a class-conditional network wants two or "
-            "more, each a folder of its own"
-        )
     data.check_labels(source.label, about.num_classes)
     if len(source.label) - settings.held_out < settings.batch_size:
         raise ValueError(
@@ -78,7 +82,7 @@ def load(settings: Settings) -> Task:
             f"{settings.batch_size} beside held_out={settings.held_out}: lower them"
         )
     train, rest = data.held_out(source, settings.held_out)
-    return Task(train, _in_memory(rest, settings.skip_corrupt), about)
+    return Task(train, _in_memory(rest, settings.skip_corrupt), about, words)
 
 
 def _in_memory(source: data.Subset, skip_corrupt: bool) -> Any:

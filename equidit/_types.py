@@ -17,6 +17,7 @@ Axis names, the same in every signature of the library:
 Everything else takes **one example**: batch with `jax.vmap`.
 """
 
+import os
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -29,6 +30,8 @@ Scalar = Number | Float[Array, ""]
 """A number that may be traced."""
 PRNGKey = Key[Array, ""]
 """What `jax.random.key` makes. A legacy key of `jax.random.PRNGKey` becomes one."""
+StrPath = str | os.PathLike[str]
+"""A path, as a string or as pathlib has it."""
 
 
 class Conditioning(eqx.Module):

@@ -21,7 +21,7 @@ with extra("train"):
 from . import _report, _run, diffusion as dfn, hosts, pretrained
 from ._encode import encode
 from ._folder import Folder
-from ._images import Small, image_folder
+from ._images import Small, image_folder, left_out
 from ._npz import random_labels, write_npz
 from ._sampling import Sampler, Sampling, draw
 from ._settings import SCHEDULE_STEPS, Settings, defaults
@@ -415,5 +415,5 @@ def _encode(command: Encode) -> None:
     if skipped:
         print(f"{len(skipped)} damaged ones were skipped: {', '.join(skipped[:5])}")
     if folder.ignored:
-        print(f"{folder.ignored} other files were left alone")
+        print(left_out(folder))
     print(command.out)

@@ -2,13 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float, Integer, Num, PyTree
 
 from ._common import check_positive, extra
 from ._images import (
@@ -19,12 +18,15 @@ from ._images import (
     read_image as read_image,
 )
 from ._latents import LatentCache as LatentCache, open_latents as open_latents
-from ._types import PRNGKey
+from ._types import PRNGKey, StrPath
 
 DIGITS_SHAPE = (1, 8, 8)
 """Channels, height and width of [`equidit.data.digits`][]."""
 DIGITS_CLASSES = 10
 """The number of their classes."""
+
+
+_EVER = 2**62
 
 
 class Images(NamedTuple):
@@ -87,8 +89,9 @@ class Latents(NamedTuple):
 class Source(Protocol):
     """A data set: what [`equidit.data.batches`][] reads. Worker processes get a pickled copy.
 
-    `label` holds every example's; `read(index, rng)` gives one example, a pytree of NumPy arrays
-    with a method `clean(key)` and a field `label`; chance (a flip) comes from `rng` alone.
+    `label` holds every example's; `read(index, rng)` gives one example, a pytree of NumPy arrays;
+    chance (a flip) comes from `rng` alone. `equidit train` asks for examples with a method
+    `clean(key)` and a field `label`.
     """
 
     label: Any
@@ -109,16 +112,32 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Images in memory."""
+    """Arrays in memory, or mapped into it."""
 
-    def __init__(self, images: Images):
+    def __init__(self, arrays: PyTree):
         """**Arguments:**
 
-        - `images`: all of them, with a first axis of examples.
-        """
-        self.images, self.label = images, images.label
+        - `arrays`: any pytree of arrays (a tuple, a dictionary, [`equidit.data.Images`][]), all
+            with the same first axis, of examples. What it calls `label` is the labels; without
+            that, all examples count as of class 0.
 
-    def read(self, index: int, rng: np.random.Generator) -> Images:
+        **Raises:**
+
+        `ValueError` if there are no arrays, or they do not share their first axis.
+        """
+        self.arrays = jax.tree.map(np.asanyarray, arrays)
+        leaves = jax.tree_util.tree_leaves_with_path(self.arrays)
+        shapes = {f"arrays{jax.tree_util.keystr(path)}": leaf.shape for path, leaf in leaves}
+        sizes = {shape[:1] for shape in shapes.values()}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                f"a pytree of arrays that share their first axis is wanted, but it has {shapes}"
+            )
+        label = arrays.get("label") if isinstance(arrays, dict) else getattr(arrays, "label", None)
+        ((size,),) = sizes
+        self.label = np.zeros(size, np.int32) if label is None else np.asanyarray(label)
+
+    def read(self, index: int, rng: np.random.Generator) -> Any:
         """**Arguments:**
 
         - `index`: of the example, from 0.
@@ -126,9 +145,13 @@ class ArraySource:
 
         **Returns:**
 
-        One image and its label.
+        The same pytree, of one example's arrays.
         """
-        return Images(self.images.image[index], self.images.label[index])
+        return jax.tree.map(lambda array: array[index], self.arrays)
+
+
+def _source(data: Source | PyTree) -> Source:
+    return data if isinstance(data, Source) else ArraySource(data)
 
 
 class FolderSource:
@@ -173,7 +196,7 @@ class FolderSource:
 class LatentSource:
     """A cache of latents, every other one of the mirrored picture. Skipped ones are left out."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: StrPath):
         """**Arguments:**
 
         - `path`: the folder, for [`equidit.data.open_latents`][].
@@ -201,10 +224,10 @@ class LatentSource:
         return Latents(mean, std, self.label[index])
 
     # Mapped files are opened anew in a worker, rather than copied to it.
-    def __getstate__(self) -> Path:
+    def __getstate__(self) -> StrPath:
         return self.path
 
-    def __setstate__(self, path: Path) -> None:
+    def __setstate__(self, path: StrPath) -> None:
         self.__init__(path)
 
 
@@ -233,12 +256,13 @@ class Subset:
         return self.source.read(int(self.rows[index]), rng)
 
 
-def held_out(source: Source, count: int, *, seed: int = 0) -> tuple[Subset, Subset]:
+def held_out(source: Source | PyTree, count: int, *, seed: int = 0) -> tuple[Subset, Subset]:
     """Splits a source in two: the larger part, and `count` examples. Always the same for a seed.
 
     **Arguments:**
 
-    - `source`: what is split.
+    - `source`: what is split: a [`equidit.data.Source`][], or a pytree of arrays as for
+        [`equidit.data.ArraySource`][].
     - `count`: how many examples are held out; from 0 and below their number, else `ValueError`.
     - `seed`: decides which.
 
@@ -246,6 +270,7 @@ def held_out(source: Source, count: int, *, seed: int = 0) -> tuple[Subset, Subs
 
     The examples for training, and those that are held out.
     """
+    source = _source(source)
     size = len(source.label)
     if not 0 <= count < size:
         raise ValueError(f"count={count} must be below {size}, the number of examples")
@@ -301,7 +326,7 @@ def _count_skipped(batch: tuple[Any, np.ndarray]) -> tuple[Any, int]:
 
 @contextlib.contextmanager
 def batches(
-    source: Source | Images,
+    source: Source | PyTree,
     batch_size: int,
     *,
     seed: int,
@@ -309,6 +334,7 @@ def batches(
     workers: int = 0,
     skip_corrupt: bool = False,
     process: tuple[int, int] = (0, 1),
+    num_classes: int | None = None,
 ) -> Iterator[Iterator[tuple[Any, int]]]:
     """Batches for ever, from the step `start` on: a new shuffle of the data every epoch.
 
@@ -318,7 +344,8 @@ def batches(
 
     **Arguments:**
 
-    - `source`: a [`equidit.data.Source`][], or images in memory.
+    - `source`: a [`equidit.data.Source`][], or a pytree of arrays as for
+        [`equidit.data.ArraySource`][].
     - `batch_size`: of all processes together. A batch may span epochs.
     - `seed`: of the run.
     - `start`: number of batches to leave out: the step to go on at.
@@ -327,6 +354,8 @@ def batches(
     - `skip_corrupt`: whether a damaged example is replaced by the one after it, rather than an
         error.
     - `process`: this process's number, and how many there are. Each gets its share of the batch.
+    - `num_classes`: of the network that is trained: labels must be below it, as
+        [`equidit.data.check_labels`][] says. `None` does not look.
 
     **Returns:**
 
@@ -334,20 +363,28 @@ def batches(
 
     **Raises:**
 
-    `ValueError` if the processes do not divide the batch, or the source is empty; and from the
-    iterator [`equidit.data.ImageError`][], which names the file and the index, and
-    `ChildProcessError` if a worker died.
+    `ValueError` if the processes do not divide the batch, the source is empty, its arrays do not
+    share their first axis, or a label is out of range; and from the iterator
+    [`equidit.data.ImageError`][], which names the file and the index, and `ChildProcessError` if a
+    worker died.
     """
     number, count = process
+    if not 0 <= number < count:
+        raise ValueError(f"process={process} must be a number from 0, and how many there are")
+    source = _source(source)
     check_positive(batch_size=batch_size, examples=len(source.label))
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the processes")
+    if num_classes is not None:
+        check_labels(source.label, num_classes)
     with extra("train"):
         import grain
         from absl import flags
 
-    reader = _Reader(ArraySource(source) if isinstance(source, Images) else source, skip_corrupt)
-    dataset = grain.MapDataset.range(len(source.label)).seed(seed).shuffle().repeat()
+    size = len(source.label)
+    reader = _Reader(source, skip_corrupt)
+    # Without a number of epochs the length is the largest there is, and that of batches overflows.
+    dataset = grain.MapDataset.range(size).seed(seed).shuffle().repeat(_EVER // size)
     dataset = dataset.random_map(reader).batch(batch_size // count)[start * count + number :: count]
     # As the last transformation `batch` would answer in shared memory, and leave some behind.
     dataset = dataset.map(_count_skipped)

@@ -28,7 +28,6 @@ from ._blocks import AdaLNZeroBlock
 from ._conditioning import LabelConditioner
 from ._dit import DiT
 from ._files import (
-    StrPath,
     Weights,
     find,
     from_arrays,
@@ -50,6 +49,7 @@ from ._sizes import (
     official_config,
     positive,
 )
+from ._types import StrPath
 from .configs import Config
 from .vae import Autoencoder
 

@@ -1,18 +1,23 @@
 """Data sets, and the order in which training sees them."""
 
+import dataclasses
 import json
 import multiprocessing
 import pickle
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import equidit as edt
 from equidit.data import (
     DIGITS_SHAPE,
+    ArraySource,
     FolderSource,
     ImageError,
+    Images,
     LatentSource,
     batches,
     check_labels,
@@ -117,6 +122,78 @@ def test_bad_batches():
         taken(1, Numbers(0), 1)
     with pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of 3"):
         taken(1, Numbers(3), 4, process=(0, 3))
+
+
+@pytest.mark.parametrize("process", [(2, 2), (-1, 2), (0, 0)])
+def test_bad_process(process):
+    with pytest.raises(ValueError, match=r"process=\("):
+        taken(1, Numbers(4), 2, process=process)
+
+
+@dataclasses.dataclass
+class Pair:
+    image: np.ndarray
+    label: np.ndarray
+
+
+jax.tree_util.register_dataclass(Pair, ["image", "label"], [])
+X, Y = np.arange(35.0).reshape(7, 5), np.arange(7)
+# Own arrays, and which of them are their labels.
+TREES = {
+    "array": (X, None),
+    "jax": ((jnp.asarray(X), jnp.asarray(Y)), None),
+    "tuple": ((X, Y), None),
+    "nested": ({"x": [X, {"y": Y}], "nothing": None}, None),
+    "dictionary": ({"x": X, "label": Y}, Y),
+    "images": (Images(X.reshape(7, 1, 5, 1), Y), Y),
+    "dataclass": (Pair(X, Y), Y),
+    "module": (edt.Conditioning(jnp.arange(7.0), mask=jnp.arange(7) < 3), None),
+    "half": (jnp.asarray(X, jnp.bfloat16), None),
+    "words": ({"x": X, "name": np.array(list("abcdefg"))}, None),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_batches_of_any_pytree_of_arrays(name):
+    arrays, label = TREES[name]
+    source = ArraySource(arrays)
+    assert source.label.tolist() == ([0] * 7 if label is None else label.tolist())
+    order = [batch["label"] for batch, _ in taken(4, Numbers(7), 3)]
+    for (batch, skipped), rows in zip(taken(4, arrays, 3), order, strict=True):
+        expected = jax.tree.map(lambda array, rows=rows: np.asarray(array)[rows], arrays)
+        assert skipped == 0
+        assert jax.tree.structure(batch) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):
+            assert (type(a), a.dtype) == (np.ndarray, b.dtype)
+            np.testing.assert_array_equal(a, b)
+    train, rest = held_out(arrays, 3)
+    assert len(train.label) == 4
+    assert jax.tree.structure(rest.read(0, np.random.default_rng(0))) == jax.tree.structure(arrays)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ((X, Y[:5]), r"\[0\]': \(7, 5\), 'arrays\[1\]': \(5,\)"),
+        ((), "it has {}"),
+        (3, r"'arrays': \(\)"),
+        ({"x": X, "size": 5}, r"size.*: \(\)"),
+        (object(), r"'arrays': \(\)"),
+    ],
+)
+def test_what_is_no_pytree_of_arrays(arrays, words):
+    for function in (ArraySource, lambda a: taken(1, a, 1), lambda a: held_out(a, 0)):
+        with pytest.raises(ValueError, match=f"share their first axis.*{words}"):
+            function(arrays)
+
+
+def test_labels_are_checked_where_the_classes_are_told():
+    assert len(taken(1, (X, Y), 2, num_classes=1)) == 1
+    for arrays in ({"x": X, "label": Y}, Pair(X, Y), Numbers(7)):
+        taken(1, arrays, 2, num_classes=7)
+        # It would be trained as the null label, that of no class.
+        with pytest.raises(ValueError, match=r"label 6 .*labels are 0 to 5"):
+            taken(1, arrays, 2, num_classes=6)
 
 
 def test_folder_source_mirrors_every_other_picture(tmp_path):

@@ -1,9 +1,12 @@
 """Pictures as files: what becomes of them, and what is said of those that cannot be used."""
 
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from equidit._images import left_out
 from equidit.data import ImageError, image_folder, read_image
 
 
@@ -123,25 +126,150 @@ def test_no_pictures(tmp_path):
         read_image(tmp_path / "deep.tif", 16)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+def test_too_large_is_not_damaged(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.png", pixels(64, 64))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"a\.png.*exceeds limit"):
+    for limit in (1000, 3000):  # refused by Pillow, and warned of
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ImageError, match=r"a\.png is larger than Pillow.*exceeds limit") as e:
+            read_image(path, 16)
+        assert not e.value.damaged
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="size=0"):
+        read_image(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "does not fit into memory"),
+        (PermissionError(13, "Permission denied"), "cannot be read.*Permission denied"),
+        (OSError(5, "Input/output error"), "cannot be read.*Input/output error"),
+    ],
+)
+def test_what_the_system_refuses_is_not_damaged(tmp_path, monkeypatch, error, words):
+    path = saved(tmp_path / "a.png", pixels(16, 16))
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ImageError, match=rf"a\.png {words}") as found:
+        read_image(path, 16)
+    assert not found.value.damaged
+
+
+def test_memory_that_is_short_later(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", pixels(16, 16, 4))
+
+    def refuse(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "alpha_composite", refuse)
+    with pytest.raises(ImageError, match="does not fit into memory"):
         read_image(path, 16)
 
 
+def put(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(8, 8)).save(path, "png")
+
+
 def test_folder(tmp_path):
-    for name in ("b/2.png", "b/1.PNG", "a/deep/3.png", "a/4.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels(8, 8)).save(tmp_path / name, "png")
-    (tmp_path / "a" / "notes.txt").write_text("")
-    (tmp_path / "a" / ".hidden.png").write_text("")
-    (tmp_path / ".cache").mkdir()
+    put(tmp_path, "b/2.png", "b/1.PNG", "a/deep/3.png", "a/4.png", "a/deep/er/5.png")
     folder = image_folder(tmp_path)
     assert folder.classes == ("a", "b")
-    assert folder.files == ("a/4.png", "a/deep/3.png", "b/1.PNG", "b/2.png")
-    assert folder.label.tolist() == [0, 0, 1, 1]
-    assert folder.ignored == 1
+    names = ("a/4.png", "a/deep/3.png", "a/deep/er/5.png", "b/1.PNG", "b/2.png")
+    assert folder.files == names
+    assert folder.label.tolist() == [0, 0, 0, 1, 1]
+    assert folder.ignored == {}
+    assert left_out(folder) == ""
+
+
+def test_what_is_left_out_is_counted_by_kind(tmp_path):
+    put(tmp_path, "a/1.png", "b/2.png", "loose.png", "a/.hidden.png", ".cache/3.png")
+    for name in ("a/notes.txt", "b/deep/MORE.TXT", "a/Makefile", "b/x.npy", "list.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "a" / "self.png").symlink_to("self.png")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "b" / "around").symlink_to(tmp_path)
+    (tmp_path / "b" / "again").symlink_to(".")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    folder = image_folder(tmp_path)
+    assert folder.files == ("a/1.png", "b/2.png")
+    assert folder.ignored == {
+        ".csv": 1,
+        ".npy": 1,
+        ".txt": 2,
+        "broken link": 3,
+        "hidden": 2,
+        "link to a folder around it": 2,
+        "no file": 1,
+        "picture beside the class folders": 1,
+        "without suffix": 1,
+    }
+    assert left_out(folder).startswith(f"left out of {tmp_path}: 1 .csv, 1 .npy, 2 .txt, 3 broken")
+
+
+def test_links_are_followed(tmp_path):
+    put(tmp_path, "elsewhere/1.png", "elsewhere/deep/2.png", "root/b/3.png")
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "b" / "inside").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "b" / "4.png").symlink_to("3.png")
+    folder = image_folder(tmp_path / "root")
+    inside = ("b/3.png", "b/4.png", "b/inside/1.png", "b/inside/deep/2.png")
+    assert folder.files == ("a/1.png", "a/deep/2.png", *inside)
+    assert folder.ignored == {}
+    linked = tmp_path / "link"
+    linked.symlink_to(tmp_path / "root")
+    assert image_folder(linked).files == folder.files
+
+
+# A suffix of each format that Pillow writes too, with what it loses.
+WRITTEN = {
+    ".avif": 20, ".bmp": 0, ".dds": 0, ".gif": 60, ".ico": 0, ".jfif": 40, ".jp2": 0,
+    ".jpeg": 40, ".jpg": 40, ".mpo": 40, ".pcx": 0, ".png": 0, ".apng": 0, ".ppm": 0,
+    ".qoi": 0, ".tga": 0, ".tif": 0, ".tiff": 0, ".webp": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_what_pillow_reads_is_read(tmp_path, suffix):
+    grey = np.linspace(0, 255, 32)[:, None] * np.ones((1, 32))
+    array = np.stack([grey, grey.T, 255 - grey], -1).astype(np.uint8)
+    path = tmp_path / "a" / f"1{suffix}"
+    path.parent.mkdir()
+    Image.fromarray(array).save(path)
+    folder = image_folder(tmp_path)
+    assert folder.files == (f"a/1{suffix}",)
+    off = np.abs(read_image(path, 32).astype(int) - array.transpose(2, 0, 1))
+    assert off.max() <= WRITTEN[suffix]
+
+
+def test_what_only_looks_like_a_picture_s_suffix(tmp_path):
+    put(tmp_path, "a/1.png")
+    for suffix in (".h5", ".pdf", ".eps", ".mpg", ".mp4", ".fits", ".pfm", ".emf", ".svg"):
+        (tmp_path / "a" / f"2{suffix}").write_bytes(b"")
+    folder = image_folder(tmp_path)
+    assert folder.files == ("a/1.png",)
+    assert sum(folder.ignored.values()) == 9
+
+
+def test_formats_that_pillow_was_built_without(tmp_path, monkeypatch):
+    put(tmp_path, "a/1.png", "a/2.avif", "a/3.jp2")
+    monkeypatch.setattr(features, "check", lambda name: name == "jpg")
+    assert image_folder(tmp_path).ignored == {".avif": 1, ".jp2": 1}
+
+
+def test_the_first_picture_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for suffix in (".gif", ".webp", ".png"):
+        path = tmp_path / f"a{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        assert read_image(path, 16)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_bad_folders(tmp_path):
@@ -153,3 +281,24 @@ def test_bad_folders(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match="a holds no pictures"):
         image_folder(tmp_path)
+
+
+def test_folders_of_class_folders(tmp_path):
+    put(tmp_path, "split/train/cat/1.png", "split/train/dog/2.png", "split/val/cat/3.png")
+    with pytest.raises(
+        ValueError, match=r"the splits train, val.*\(cat, dog\).*give .*split/train"
+    ):
+        image_folder(tmp_path / "split")
+    assert image_folder(tmp_path / "split" / "train").classes == ("cat", "dog")
+    put(tmp_path, "one/train/cat/1.png", "one/train/dog/2.png")
+    with pytest.raises(ValueError, match=r"the one folder train.*\(cat, dog\)"):
+        image_folder(tmp_path / "one")
+    # A class of that name, folders within classes, and one class.
+    for root, names in {
+        "vehicles": ("train/1.png", "bus/2.png"),
+        "kinds": ("cat/old/1.png", "cat/new/2.png", "dog/old/3.png"),
+        "flowers": ("all/1.png",),
+        "deep": ("all/images/1.png",),
+    }.items():
+        put(tmp_path, *(f"{root}/{name}" for name in names))
+        assert len(image_folder(tmp_path / root).files) == len(names)

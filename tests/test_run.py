@@ -106,9 +106,9 @@ def test_bad_data(folder, latents, tmp_path, capsys):
     assert "nowhere" in message("folder:nowhere", *out)
     (tmp_path / "empty").mkdir()
     assert "no class folders" in message(f"folder:{tmp_path / 'empty'}", *out)
-    (tmp_path / "one" / "class").mkdir(parents=True)
-    (tmp_path / "one" / "class" / "a.jpg").write_bytes((pictures / "temple/0.jpg").read_bytes())
-    assert "one class, 'class'" in message(f"folder:{tmp_path / 'one'}", *out)
+    (tmp_path / "around").mkdir()
+    (tmp_path / "around" / "pictures").symlink_to(pictures)
+    assert "the one folder pictures" in message(f"folder:{tmp_path / 'around'}", *out)
     few = message(f"folder:{pictures}", *out, "--batch-size", 40, "--size", 16)
     assert "40 examples" in few
     assert "held_out=8" in few
@@ -120,6 +120,21 @@ def test_bad_data(folder, latents, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     unwritable = ("--out", tmp_path / "file" / "run", *SMALL)
     assert "file" in message(f"latents:{latents}", *unwritable)
+
+
+def test_one_class_and_what_is_left_out(folder, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(folder / "pictures" / "temple", pictures / "temple")
+    (pictures / "temple" / "notes.txt").write_text("")
+    (pictures / "temple" / "gone.jpg").symlink_to("nowhere.jpg")
+    words = ("--out", out, *SMALL, "--size", 16, "--held-out", 3, "--steps", 2)
+    assert run("train", f"folder:{pictures}", *words) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"left out of {pictures}: 1 .txt, 1 broken link") == 1
+    assert json.loads((out / "config.json").read_text())["about"]["classes"] == ["temple"]
+    picture = tmp_path / "a.png"
+    assert run("sample", out, "--labels", "temple", "--steps", 2, "--out", picture) == 0
+    assert "label 1" in error_of(capsys, "sample", out, "--labels", "1", "--steps", 2)
 
 
 def test_a_damaged_picture_is_named(folder, tmp_path, capsys):
