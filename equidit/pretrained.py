@@ -399,6 +399,8 @@ def save_vae(vae: Autoencoder, path: StrPath) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "in_channels": encoder.conv_in.weight.shape[1],
         "latent_channels": decoder.conv_in.weight.shape[1],
+        "latents_mean": vae.latents_mean,
+        "latents_std": vae.latents_std,
         "layers_per_block": len(encoder.stages[0].resnets),
         "mid_block_add_attention": encoder.middle.attention is not None,
         "norm_num_groups": encoder.norm_out.groups,
