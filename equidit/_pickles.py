@@ -85,6 +85,12 @@ def read_torch(path: Path) -> Any:
                 "executed. Download it again, or where you trust its source, load it there and "
                 "save the state dict alone"
             ) from error
+        if "mmap can only be used" in text:
+            raise ValueError(
+                f"{path} is older than PyTorch 1.6, or no file of PyTorch's, and nothing in it was "
+                "executed: it cannot be mapped into memory. Download it again, or load it in "
+                "PyTorch, where you trust its source, and save it once more"
+            ) from error
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than weights, and nothing in it was "
             "executed. Download it again, or get a safetensors file of a source that you trust. "

@@ -141,9 +141,8 @@ def _places(content: Mapping[Any, Any], anchor: str) -> dict[str, _Place]:
             groups[id(mapping)] = _groups(mapping, anchor)
         args = next((mapping[key] for key in _ARGUMENTS if key in mapping), args)
         for prefix, (arrays, names) in groups[id(mapping)].items():
-            whole = len(arrays) == len(names)
-            name = "/".join(path if whole else (*path, prefix)) or "."
-            found[name] = _Place(arrays, args, beside, prefix, names)
+            place = _Place(arrays, args, beside, prefix, names)
+            found["/".join(path if place.whole else (*path, prefix)) or "."] = place
         if new and len(path) < _DEEPEST:
             queue += [
                 ((*path, str(key)), value, args, mapping)

@@ -181,7 +181,7 @@ def load_dit(
 
 
 def from_state_dict(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[Any, Any],
     *,
     num_heads: int | None = None,
     ema: bool = True,
