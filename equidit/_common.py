@@ -1,7 +1,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
@@ -15,6 +17,31 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_statistics(mean: Any, std: Any, shift: float, channels: int) -> None:
+    """`ValueError` unless these can be the statistics of an autoencoder's latents, or are none."""
+    given = {"latents_mean": mean, "latents_std": std}
+    if not (given := {name: values for name, values in given.items() if values is not None}):
+        return
+    for name, values in given.items():
+        least = 1e-30 if name == "latents_std" else -1e30
+        if not _numbers(values, channels) or min(values) <= least:
+            raise ValueError(
+                f"{name}={repr(values)[:200]} must be {channels} finite numbers, one a channel"
+                f"{', all positive' if name == 'latents_std' else ''}"
+            )
+    if len(given) == 1:
+        raise ValueError(f"{min(given)} is given alone: latents_mean and latents_std go together")
+    if shift:
+        raise ValueError(f"shift_factor={shift} must be 0 beside latents_mean, which stands for it")
+
+
+def _numbers(values: Any, count: int) -> bool:
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
+        return False
+    kinds = int | float | np.integer | np.floating
+    return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)
 
 
 @contextmanager

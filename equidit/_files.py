@@ -6,14 +6,17 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._common import extra
+from ._pickles import read_torch
 from ._types import StrPath
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -40,11 +43,22 @@ def brief(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def from_arrays(arrays: Mapping[str, Any]) -> Weights:
-    return {
-        name: Tensor(tuple(a.shape), lambda a=a: np.asarray(a).astype(np.float32, copy=False))
-        for name, a in arrays.items()
-    }
+def weights_of(arrays: Mapping[str, Any], source: str) -> Weights:
+    """Arrays of NumPy, JAX, PyTorch or of a file, to be read when they are needed."""
+    return {name: _tensor(array, f"{source}: {name}") for name, array in arrays.items()}
+
+
+def _tensor(array: Any, name: str) -> Tensor:
+    torch = sys.modules.get("torch")
+    if isinstance(array, Tensor):
+        return array
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _of_torch(array, name)
+    if not isinstance(array, np.ndarray | jax.Array) or not jnp.issubdtype(
+        array.dtype, jnp.floating
+    ):
+        raise ValueError(f"{name} is no dense floating-point tensor")
+    return Tensor(array.shape, lambda: np.asarray(array).astype(np.float32, copy=False))
 
 
 def find(path: StrPath, *, file: bool = False, subfolder: str = "") -> Path:
@@ -108,13 +122,13 @@ def read_config(folder: Path, class_name: str, *older: str) -> dict[str, Any]:
     return config
 
 
-def read_folder(folder: Path) -> tuple[Weights, Path]:
-    """The weights in one of diffusers' folders, in one file or in shards."""
+def read_folder(folder: Path) -> tuple[Any, Path]:
+    """What is in one of diffusers' folders, in one file or in shards."""
     suffixes = (".safetensors", ".fp16.safetensors", ".bin")
     names = [f"{_WEIGHTS}{suffix}" for suffix in suffixes]
     for path in (folder / name for name in (names[0], _INDEX, *names[1:])):
         if path.is_file():
-            return _read_shards(path) if path.name == _INDEX else read_file(path)[0], path
+            return _read_shards(path) if path.name == _INDEX else read_file(path), path
     raise FileNotFoundError(f"there is no {', '.join(names)} or {_INDEX} in {folder}")
 
 
@@ -136,7 +150,7 @@ def _read_shards(index: Path) -> Weights:
         path = index.parent / file
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}, which {index.name} names: download it")
-        shards[file] = read_file(path)[0]
+        shards[file] = read_file(path)
     if lost := [name for name, file in places.items() if name not in shards[file]]:
         raise ValueError(f"{index} has {brief(lost[0])} in {places[lost[0]]}, which lacks it")
     for file, shard in shards.items():
@@ -147,63 +161,34 @@ def _read_shards(index: Path) -> Weights:
     return {name: shards[file][name] for name, file in places.items()}
 
 
-def read_file(path: Path, *, ema: bool = True) -> tuple[Weights, Any]:
-    """The weights in a file, and the arguments that a training checkpoint says it was made with.
+def read_file(path: Path) -> Any:
+    """What a file of weights holds: arrays by name, or dictionaries of these.
 
     Nothing in the file is executed, and nothing is allocated on its word: arrays are mapped into
     memory, and must lie within the file.
     """
     if path.suffix not in _READERS:
         raise ValueError(f"{path} is of an unknown kind: choose from {', '.join(_READERS)}")
-    return _READERS[path.suffix](path, ema)
+    return _READERS[path.suffix](path)
 
 
-def _read_torch(path: Path, ema: bool) -> tuple[Weights, Any]:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors",
-            name=error.name,
-        ) from error
-    import argparse
-
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is truncated, damaged, or holds more than weights, and nothing in it was "
-            "executed. Download it again, or get a safetensors file of a source that you trust. "
-            f"PyTorch says: {str(error).splitlines()[0]}"
-        ) from error
-    args = None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        args = content.get("args")
-        content = content["ema" if ema and "ema" in content else "model"]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    return {name: _of_torch(path, name, tensor) for name, tensor in content.items()}, args
-
-
-def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
+def _of_torch(tensor: Any, name: str) -> Tensor:
     import torch
 
     if (
-        not isinstance(tensor, torch.Tensor)
-        or not tensor.is_floating_point()
+        not tensor.is_floating_point()
         or tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
+        or tensor.device.type == "meta"
     ):
-        raise ValueError(f"{path}: {name} is no dense floating-point tensor")
+        raise ValueError(f"{name} is no dense floating-point tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {name} claims {tuple(tensor.shape)}, more than the file holds")
-    return Tensor(tuple(tensor.shape), lambda: tensor.detach().float().numpy())
+        raise ValueError(f"{name} claims {tuple(tensor.shape)}, more than the file holds")
+    return Tensor(tuple(tensor.shape), lambda: tensor.detach().float().cpu().numpy())
 
 
-def _read_safetensors(path: Path, ema: bool) -> tuple[Weights, Any]:
+def _read_safetensors(path: Path) -> Weights:
     try:
-        return dict(_safetensors(path)), None
+        return dict(_safetensors(path))
     except Exception as error:
         raise ValueError(
             f"{path} is truncated or damaged: {brief(str(error))}. Download it again"
@@ -238,7 +223,9 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError("its arrays overlap")
 
 
-_READERS = {".safetensors": _read_safetensors, ".pt": _read_torch, ".bin": _read_torch}
+_READERS = {".safetensors": _read_safetensors} | dict.fromkeys(
+    (".pt", ".bin", ".pth", ".ckpt"), read_torch
+)
 
 
 def write_folder(path: StrPath, config: dict[str, Any], arrays: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from ._common import check_statistics
 from ._files import Tensor, Weights, brief
 from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, Table, name_of
 from .configs import CONFIGS, Config
@@ -202,8 +203,6 @@ def autoencoder_sizes(
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "latents_mean": None,
-        "latents_std": None,
     }
     check_fixed(config, fixed, path)
     factors = {
@@ -215,9 +214,15 @@ def autoencoder_sizes(
             raise ValueError(f"{path}: {name}={value!r} must be a finite number")
     if factors["scaling_factor"] <= 0:
         raise ValueError(f"{path}: scaling_factor={factors['scaling_factor']} must be positive")
+    shift, channels = factors["shift_factor"], found["latent_channels"]
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    try:
+        check_statistics(mean, std, shift, channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     groups = positive(theirs, "norm_num_groups", path)
-    sizes = found | factors | {"norm_num_groups": groups, "block_out_channels": tuple(widths)}
-    return sizes
+    theirs = {"norm_num_groups": groups, "block_out_channels": tuple(widths)}
+    return found | factors | theirs | {"latents_mean": mean, "latents_std": std}
 
 
 def _check_agrees(config: dict[str, Any], found: dict[str, Any], path: Any, source: str) -> None:

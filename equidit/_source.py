@@ -50,13 +50,14 @@ def of_weights(
     *,
     size: int | None = None,
     num_heads: int | None = None,
+    select: str | None = None,
     arithmetic: str | None = None,
 ) -> Source:
     """Published weights: an official file, or a folder of diffusers'.
 
     **Arguments:**
 
-    - `weights`, `num_heads`, `arithmetic`: see [`equidit.pretrained.load_dit`][].
+    - `weights`, `num_heads`, `select`, `arithmetic`: see [`equidit.pretrained.load_dit`][].
     - `vae`: see [`equidit.pretrained.load_vae`][]; `None` for a network of images, and for a
         pipeline's folder, which has one.
     - `size`: side of the images, in pixels; `None` is what the network was trained for.
@@ -65,7 +66,7 @@ def of_weights(
 
     `ValueError` if these do not fit each other, or one is needed.
     """
-    published = pretrained.describe(weights, num_heads=num_heads)
+    published = pretrained.describe(weights, num_heads=num_heads, select=select)
     config = published.config
     if published.time != "steps":
         raise ValueError(
@@ -108,7 +109,7 @@ def of_weights(
         network = pretrained.load_diffusers_dit(weights, arithmetic=arithmetic)
     else:
         network = pretrained.load_dit(
-            weights, num_heads=num_heads, arithmetic=arithmetic or "official"
+            weights, num_heads=num_heads, select=select, arithmetic=arithmetic or "official"
         )
     shape = (channels, size // factor, size // factor)
     return Source(network, decoder, shape, config.num_classes, (), published=True)

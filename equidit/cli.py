@@ -111,8 +111,8 @@ class Sample:
     run: tyro.conf.Positional[Path | None] = None
     """Folder of the run."""
     weights: str | None = None
-    """Published weights instead: an official .pt or .safetensors file, a folder of diffusers', or a
-    name on the Hugging Face hub."""
+    """Published weights instead: an official .pt or .safetensors file, a checkpoint with such
+    weights in it, a folder of diffusers', or a name on the Hugging Face hub."""
     vae: str | None = None
     """Folder of the autoencoder that decodes latents, or its name on the Hugging Face hub; of a run
     by default the one that it was trained with."""
@@ -120,6 +120,8 @@ class Sample:
     """Side of the images of published weights, in pixels; by default what they were trained for."""
     num_heads: int | None = None
     """Attention heads of published weights, where nothing tells."""
+    select: str | None = None
+    """Of several networks in a file of weights, which one: the error for such a file lists them."""
     arithmetic: Literal["official", "diffusers"] | None = None
     """What published weights are computed in; to be given for a folder of diffusers'."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -371,7 +373,9 @@ def _sample(command: Sample) -> None:
 def _source_of(command: Sample) -> Source:
     if command.weights is None:
         assert command.run is not None
-        if given := [n for n in ("size", "num_heads", "arithmetic") if getattr(command, n)]:
+        if given := [
+            n for n in ("size", "num_heads", "select", "arithmetic") if getattr(command, n)
+        ]:
             raise ValueError(f"--{given[0].replace('_', '-')} belongs to --weights, not to a run")
         return of_run(command.run, command.vae)
     return of_weights(
@@ -379,6 +383,7 @@ def _source_of(command: Sample) -> Source:
         command.vae,
         size=command.size,
         num_heads=command.num_heads,
+        select=command.select,
         arithmetic=command.arithmetic,
     )
 

@@ -30,15 +30,24 @@ from ._dit import DiT
 from ._files import (
     Weights,
     find,
-    from_arrays,
     is_file,
     read_config,
     read_file,
     read_folder,
+    weights_of,
     write_folder,
 )
 from ._layers import Attention
-from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, export, fill, modern_attention
+from ._names import (
+    AUTOENCODER,
+    DIFFUSERS,
+    OFFICIAL,
+    Table,
+    export,
+    fill,
+    modern_attention,
+    name_of,
+)
 from ._ops import layer_norm, sincos_2d, timestep_features
 from ._sizes import (
     FIXED,
@@ -50,6 +59,7 @@ from ._sizes import (
     positive,
 )
 from ._types import StrPath
+from ._unwrap import network_in
 from .configs import Config
 from .vae import Autoencoder
 
@@ -82,7 +92,9 @@ class Published:
     kind: Literal["official", "diffusers"]
 
 
-def describe(path: StrPath, *, num_heads: int | None = None) -> Published:
+def describe(
+    path: StrPath, *, num_heads: int | None = None, select: str | None = None
+) -> Published:
     """What a file or folder with a DiT holds, from its headers and config: no weights are read.
 
     From the hub, though, it is the whole file that is downloaded, and kept.
@@ -92,7 +104,8 @@ def describe(path: StrPath, *, num_heads: int | None = None) -> Published:
     - `path`: a file for [`equidit.pretrained.load_dit`][], or a folder for
         [`equidit.pretrained.load_diffusers_dit`][]. A SiT is told by the model's name in the file's
         own arguments, or else by a file name that begins with `SiT`.
-    - `num_heads`: as for `load_dit`. A folder's config has its own.
+    - `num_heads`, `select`: as for `load_dit`. A folder's config has its own heads, and there is
+        nothing to select.
 
     **Returns:**
 
@@ -101,19 +114,21 @@ def describe(path: StrPath, *, num_heads: int | None = None) -> Published:
     **Raises:**
 
     As those functions do for damaged files and other networks, as far as names and shapes tell;
-    `ValueError` if a folder's config has another `num_heads`.
+    `ValueError` if a folder's config has another `num_heads`, or one is to be selected from.
     """
     if not is_file(path):
+        if select is not None:
+            raise ValueError(f"select={select!r} is for a file: the folder {path} has one network")
         _, config, side, source = _read_diffusers(path)
         if num_heads not in (None, config.num_heads):
             raise ValueError(f"num_heads={num_heads}, but {source} has {config.num_heads}")
         return Published(config, side, "steps", "diffusers")
     local = find(path, file=True)
-    weights, args = read_file(local)
-    config = official_config(weights, args, num_heads, str(local))
+    weights, args, source = _weights(read_file(local), OFFICIAL, str(local), select=select)
+    config = official_config(weights, args, num_heads, source)
     side = None
     if "pos_embed" in weights:
-        grid = grid_side(weights["pos_embed"], config.hidden_size, str(local))
+        grid = grid_side(weights["pos_embed"], config.hidden_size, source)
         side = grid * config.patch_size
     time = "unit" if is_sit(args, Path(path).name) else "steps"
     return Published(config, side, time, "official")
@@ -124,20 +139,30 @@ def load_dit(
     *,
     num_heads: int | None = None,
     ema: bool = True,
+    select: str | None = None,
     arithmetic: str = "official",
 ) -> DiT:
     """A DiT from an official file: `DiT-XL-2-256x256.pt`, or a checkpoint of official training.
+
+    Also from what others make of such files: names may begin with `module.`, `_orig_mod.`, `model.`
+    or whatever else all of them begin with, and the network may lie in dictionaries, as Lightning's
+    `"state_dict"`. What training keeps beside it is left out.
 
     Sizes are taken from the arrays' shapes. SiT's files have the same layout: its networks were
     trained with times in [0, 1], and are called with those.
 
     **Arguments:**
 
-    - `path`: a `.pt` (needs PyTorch) or `.safetensors` file with the state dict, or a `.pt` file
-        with a dictionary of `"model"`, `"ema"`, `"opt"` and `"args"`.
+    - `path`: a `.safetensors` file, or one of PyTorch, which it needs: `.pt`, `.pth`, `.ckpt` or
+        `.bin`. It holds the state dict, or dictionaries with it, such as one of `"model"`, `"ema"`,
+        `"opt"` and `"args"`.
     - `num_heads`: attention heads, which no array tells. `None` takes those of the model that the
         file's own arguments name, else of the row of [`equidit.CONFIGS`][] of this depth and width.
-    - `ema`: whether to prefer the averaged weights of a checkpoint to the trained ones.
+    - `ema`: whether to prefer the averaged weights of a checkpoint, `"ema"`, to the trained ones,
+        `"model"`.
+    - `select`: of several networks in a file, which one: the keys that lead to it, with a slash
+        between them, as `"state_dict/teacher."`, and at the end the prefix that its names have and
+        others have not. The error for such a file lists them.
     - `arithmetic`: `"official"` or `"diffusers"`, see above.
 
     **Returns:**
@@ -146,23 +171,29 @@ def load_dit(
 
     **Raises:**
 
-    `FileNotFoundError`; `ValueError` if the file is damaged or holds anything but weights, if names
-    or shapes are not those of a DiT (it lists both sides), and if the head count is unknown.
+    `FileNotFoundError`; `ValueError` if the file is damaged or holds objects that would have to be
+    executed, if names or shapes are not those of a DiT (it lists both sides), if several networks
+    fit and `select` names none of them, and if the head count is unknown.
     """
     local = find(path, file=True)
-    weights, args = read_file(local, ema=ema)
-    return _from_official(weights, args, num_heads, arithmetic, str(local))
+    found = _weights(read_file(local), OFFICIAL, str(local), ema=ema, select=select)
+    return _from_official(*found, num_heads, arithmetic)
 
 
 def from_state_dict(
-    arrays: Mapping[str, Any], *, num_heads: int | None = None, arithmetic: str = "official"
+    arrays: Mapping[Any, Any],
+    *,
+    num_heads: int | None = None,
+    ema: bool = True,
+    select: str | None = None,
+    arithmetic: str = "official",
 ) -> DiT:
-    """[`equidit.pretrained.load_dit`][] for arrays in memory, under the official names.
+    """[`equidit.pretrained.load_dit`][] for what a file would hold, in memory.
 
     **Arguments:**
 
-    - `arrays`: NumPy, JAX or PyTorch arrays by name.
-    - `num_heads`, `arithmetic`: as for `load_dit`.
+    - `arrays`: NumPy, JAX or PyTorch arrays by their official names, or dictionaries with them.
+    - `num_heads`, `ema`, `select`, `arithmetic`: as for `load_dit`.
 
     **Returns:**
 
@@ -172,11 +203,19 @@ def from_state_dict(
 
     `ValueError` as `load_dit` does.
     """
-    return _from_official(from_arrays(arrays), None, num_heads, arithmetic, "the state dict")
+    found = _weights(arrays, OFFICIAL, "the state dict", ema=ema, select=select)
+    return _from_official(*found, num_heads, arithmetic)
+
+
+def _weights(content: Any, table: Table, source: str, **options: Any) -> tuple[Weights, Any, str]:
+    """The weights of the one network in what a file holds, its arguments, and where it was."""
+    first = "encoder.conv_in" if table is AUTOENCODER else "patch_embed"
+    found = network_in(content, name_of(table, f"{first}.weight"), source, **options)
+    return weights_of(found.arrays, found.source), found.args, found.source
 
 
 def _from_official(
-    weights: Weights, args: Any, num_heads: int | None, arithmetic: str, source: str
+    weights: Weights, args: Any, source: str, num_heads: int | None, arithmetic: str
 ) -> DiT:
     weights = dict(weights)
     positions = weights.pop("pos_embed", None)
@@ -187,15 +226,17 @@ def _from_official(
         table = sincos_2d(config.hidden_size, (side, side))
         # Half precision keeps three digits.
         if not np.allclose(positions.read()[0], table, rtol=0, atol=5e-3):
-            raise ValueError(f"{source}: pos_embed is not the sine-cosine table that DiT computes")
+            raise ValueError(
+                f"{source}: pos_embed is not the sine-cosine table that DiT computes, but trained "
+                "or interpolated. Without it in the file, the weights load with that table"
+            )
     _tell_licence(config)
     return network
 
 
 def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> DiT:
     """The network, with shapes in place of arrays."""
-    if arithmetic not in ("official", "diffusers"):
-        raise ValueError(f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'")
+    _check_arithmetic(arithmetic)
     theirs = arithmetic == "diffusers"
 
     def make(key: jax.Array) -> DiT:
@@ -225,6 +266,16 @@ def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> Di
     return eqx.filter_eval_shape(make, jax.random.key(0))
 
 
+def _check_arithmetic(arithmetic: str | None) -> None:
+    if arithmetic not in ("official", "diffusers"):
+        raise ValueError(
+            f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'. 'official' is what the "
+            "published weights were trained in: timestep frequencies 10000 ** (-i / 128), norms' "
+            "epsilon 1e-6. 'diffusers' is what its DiTPipeline computes of any weights: "
+            "10000 ** (-i / 127), and 1e-5 before the MLPs; it is for models trained in diffusers"
+        )
+
+
 def _tell_licence(config: Config) -> None:
     if _PUBLISHED.items() <= dataclasses.asdict(config).items() and not _told:
         _told.add("licence")
@@ -234,7 +285,7 @@ def _tell_licence(config: Config) -> None:
         )
 
 
-def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
+def load_diffusers_dit(path: StrPath, *, arithmetic: str | None = None) -> DiT:
     """A DiT from a folder of diffusers' `DiTTransformer2DModel`, or of its `DiTPipeline`.
 
     **Arguments:**
@@ -242,8 +293,9 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
     - `path`: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, its shards with
         their index, or `.bin` (needs PyTorch), or a pipeline's folder with such a one as
         `transformer`.
-    - `arithmetic`: `"official"` or `"diffusers"`, see above. For published weights the former is
-        what they were trained in, for a model trained in diffusers the latter.
+    - `arithmetic`: `"official"` or `"diffusers"`, see above; `ValueError` if it is not said. For
+        published weights the former is what they were trained in, for a model trained in diffusers
+        the latter.
 
     **Returns:**
 
@@ -254,6 +306,8 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str) -> DiT:
     As [`equidit.pretrained.load_dit`][]; `ValueError` also for a config of another kind of model,
     and if the blocks' own embedders of timestep and label differ: here one serves all.
     """
+    _check_arithmetic(arithmetic)
+    assert arithmetic is not None
     weights, config, _, source = _read_diffusers(path)
     network = fill(_skeleton(arithmetic, config), DIFFUSERS, weights, source)
     _tell_licence(config)
@@ -265,15 +319,16 @@ def _read_diffusers(path: StrPath) -> tuple[Weights, Config, int | None, str]:
     folder = find(path, subfolder="transformer")
     # Published under the older name, when one class served several kinds of transformer.
     theirs = read_config(folder, "DiTTransformer2DModel", "Transformer2DModel")
-    weights, file = read_folder(folder)
+    content, file = read_folder(folder)
+    weights, _, source = _weights(content, DIFFUSERS, str(file))
     where = folder / "config.json"
-    config = diffusers_config(weights, theirs, where, str(file))
+    config = diffusers_config(weights, theirs, where, source)
     side = theirs.get("sample_size")
     return (
         weights,
         config,
         side if side is None else positive(theirs, "sample_size", where),
-        str(file),
+        source,
     )
 
 
@@ -371,11 +426,12 @@ def load_vae(path: StrPath) -> Autoencoder:
     """
     folder = find(path, subfolder="vae")
     config = read_config(folder, "AutoencoderKL")
-    weights, file = read_folder(folder)
-    weights = modern_attention(weights, file)
-    sizes = autoencoder_sizes(weights, config, folder / "config.json", str(file))
+    content, file = read_folder(folder)
+    weights, _, source = _weights(content, AUTOENCODER, str(file))
+    weights = modern_attention(weights, source)
+    sizes = autoencoder_sizes(weights, config, folder / "config.json", source)
     skeleton = eqx.filter_eval_shape(Autoencoder, **sizes, key=jax.random.key(0))
-    return fill(skeleton, AUTOENCODER, weights, str(file))
+    return fill(skeleton, AUTOENCODER, weights, source)
 
 
 def save_vae(vae: Autoencoder, path: StrPath) -> None:
@@ -399,6 +455,8 @@ def save_vae(vae: Autoencoder, path: StrPath) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "in_channels": encoder.conv_in.weight.shape[1],
         "latent_channels": decoder.conv_in.weight.shape[1],
+        "latents_mean": vae.latents_mean,
+        "latents_std": vae.latents_std,
         "layers_per_block": len(encoder.stages[0].resnets),
         "mid_block_add_attention": encoder.middle.attention is not None,
         "norm_num_groups": encoder.norm_out.groups,

@@ -1,6 +1,7 @@
 """The Stable Diffusion autoencoder: images to the latents that a DiT sees, and back."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import check_positive, upcast
+from ._common import check_positive, check_statistics, upcast
 from ._layers import Attention
 from ._types import Number, PRNGKey
 
@@ -55,7 +56,8 @@ class Autoencoder(eqx.Module):
     """The autoencoder of latent diffusion, diffusers' `AutoencoderKL`.
 
     Images are in [-1, 1]: see [`equidit.vae.check_range`][]. Latents are in the units that a DiT
-    sees, `(z - shift_factor) * scaling_factor`: nothing else in the library knows these factors.
+    sees, `(z - shift_factor) * scaling_factor`, or with statistics of every channel
+    `(z - latents_mean) * scaling_factor / latents_std`: nothing else in the library knows these.
 
     ??? cite
 
@@ -68,6 +70,8 @@ class Autoencoder(eqx.Module):
     post_quant: Any
     scaling_factor: float = eqx.field(static=True)
     shift_factor: float = eqx.field(static=True)
+    latents_mean: tuple[float, ...] | None = eqx.field(static=True)
+    latents_std: tuple[float, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -82,6 +86,8 @@ class Autoencoder(eqx.Module):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
+        latents_mean: Sequence[Number] | np.ndarray | None = None,
+        latents_std: Sequence[Number] | np.ndarray | None = None,
         *,
         key: PRNGKey,
     ):
@@ -99,6 +105,9 @@ class Autoencoder(eqx.Module):
         - `use_quant_conv`, `use_post_quant_conv`: whether a 1x1 convolution follows the encoder,
             and one precedes the decoder.
         - `mid_block_add_attention`: whether the lowest resolution has self-attention.
+        - `latents_mean`, `latents_std`: of every latent channel in the autoencoder's units, in
+            place of `shift_factor`. `ValueError` unless both or neither are given, each with
+            `latent_channels` finite numbers, and the deviations positive.
         - `key`: initialises the weights.
         """
         check_positive(
@@ -114,6 +123,11 @@ class Autoencoder(eqx.Module):
                 f"block_out_channels={block_out_channels} has {wrong[0]}, which is no positive "
                 f"multiple of norm_num_groups={norm_num_groups}"
             )
+        self.scaling_factor = float(scaling_factor)
+        self.shift_factor = float(shift_factor)
+        check_statistics(latents_mean, latents_std, self.shift_factor, latent_channels)
+        self.latents_mean = None if latents_mean is None else tuple(map(float, latents_mean))
+        self.latents_std = None if latents_std is None else tuple(map(float, latents_std))
         encoder_key, decoder_key, quant_key, post_quant_key = jax.random.split(key, 4)
         moments, widths = 2 * latent_channels, tuple(block_out_channels)
         shared: dict[str, Any] = {
@@ -138,8 +152,6 @@ class Autoencoder(eqx.Module):
             if use_post_quant_conv
             else None
         )
-        self.scaling_factor = float(scaling_factor)
-        self.shift_factor = float(shift_factor)
 
     @property
     def downsampling(self) -> int:
@@ -166,10 +178,8 @@ class Autoencoder(eqx.Module):
                 )
         moments = _optional(self.quant, _down(self.encoder, _enter(x, self.encoder.conv_in)))
         mean, log_variance = jnp.split(_leave(moments, x), 2)
-        return Gaussian(
-            (mean - self.shift_factor) * self.scaling_factor,
-            jnp.clip(log_variance, -30.0, 20.0) + 2 * math.log(self.scaling_factor),
-        )
+        shift, scale, log_scale = self._units(mean)
+        return Gaussian((mean - shift) * scale, jnp.clip(log_variance, -30.0, 20.0) + 2 * log_scale)
 
     def decode(
         self, z: Float[Array, "channels height width"]
@@ -184,8 +194,18 @@ class Autoencoder(eqx.Module):
         it. The dtype is `z`'s.
         """
         _check_channels("z", z, self.decoder.conv_in)
-        unscaled = _enter(z / self.scaling_factor + self.shift_factor, self.decoder.conv_in)
+        shift, scale, _ = self._units(z)
+        unscaled = _enter(z / scale + shift, self.decoder.conv_in)
         return _leave(_up(self.decoder, _optional(self.post_quant, unscaled)), z)
+
+    def _units(self, like: Array) -> tuple[Any, Any, Any]:
+        """Shift, scale and the scale's logarithm, from the autoencoder's units to the DiT's."""
+        if self.latents_mean is None or self.latents_std is None:
+            return self.shift_factor, self.scaling_factor, math.log(self.scaling_factor)
+        scale = self.scaling_factor / np.array(self.latents_std)
+        units = (np.array(self.latents_mean), scale, np.log(scale))
+        shift, scale, log_scale = (jnp.asarray(u[:, None, None], like.dtype) for u in units)
+        return shift, scale, log_scale
 
 
 def check_range(images: Any) -> None:

@@ -215,6 +215,29 @@ def test_an_autoencoder_of_other_latents(files, tmp_path, capsys):
     assert "--vae" in message
 
 
+def test_of_several_networks_one_is_selected(files, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(files[1])
+    both = {f"model.{name}": array for name, array in arrays.items()}
+    both |= {f"ema.{name}": array + (name != "pos_embed") for name, array in arrays.items()}
+    path = tmp_path / "both.safetensors"
+    save_file(both, path)
+    options = ("sample", "--weights", path, *files[2:], *STEPS, "--labels", 1)
+    message = error_of(capsys, *options)
+    assert all(word in message for word in ("--select", "'model.'", "'ema.'"))
+    assert "--select belongs to --weights" in error_of(capsys, "sample", tmp_path, "--select", "a")
+    assert "select='a' is no network" in error_of(capsys, *options, "--select", "a")
+    pictures = []
+    for name, weights in (("model.", path), ("ema.", path), ("", files[1])):
+        out = tmp_path / f"{name}png"
+        selected = ("--select", name) if name else ()
+        assert run(*options, "--weights", weights, *selected, "--out", out) == 0
+        pictures.append(matplotlib.image.imread(out))
+    np.testing.assert_array_equal(pictures[0], pictures[2])
+    assert np.abs(pictures[1] - pictures[2]).max() > 0
+
+
 def test_what_must_be_said(files, tmp_path, capsys):
     assert "either a run's folder, or --weights" in error_of(capsys, "sample")
     assert "either" in error_of(capsys, "sample", tmp_path, *files)

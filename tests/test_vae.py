@@ -28,6 +28,11 @@ SIZES = {
 VARIANTS = {
     "plain": {},
     "wide-latents": {"latent_channels": 6, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "statistics": {
+        "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+        "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+        "scaling_factor": 0.5,
+    },
     "without-extras": {
         "use_quant_conv": False,
         "use_post_quant_conv": False,
@@ -125,6 +130,42 @@ def test_posterior_is_clipped_and_scaled():
     )
 
 
+UNITS = {
+    "one factor": {"scaling_factor": 0.18215},
+    "shifted": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "statistics": VARIANTS["statistics"],
+    "standardised": {
+        "latents_mean": np.arange(4, dtype=np.float32),
+        "latents_std": (1, 2.5, np.float32(0.5), 4),
+        "scaling_factor": 1,
+    },
+    "of six channels": {"latents_mean": [7] * 6, "latents_std": range(1, 7), "latent_channels": 6},
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", UNITS)
+def test_units_are_undone_and_the_formula_s(name, dtype, monkeypatch):
+    """Without its networks, the autoencoder is its change of units."""
+    options = UNITS[name]
+    channels = options.get("latent_channels", 4)
+    options = options | {k: list(v) for k, v in options.items() if isinstance(v, range)}
+    raw = np.random.default_rng(3).normal(3.0, 5.0, (2 * channels, 2, 3)).astype(np.float32)
+    monkeypatch.setattr("equidit.vae._down", lambda *_: jnp.moveaxis(jnp.asarray(raw), 0, -1))
+    monkeypatch.setattr("equidit.vae._up", lambda _, z: z.repeat(4, 0).repeat(4, 1))
+    vae = autoencoder(use_quant_conv=False, use_post_quant_conv=False, **options)
+    shift = np.reshape(options.get("latents_mean", options.get("shift_factor", 0.0)), (-1, 1, 1))
+    scale = vae.scaling_factor / np.reshape(options.get("latents_std", 1.0), (-1, 1, 1))
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-6
+    posterior = vae.encode(jnp.zeros((3, 8, 12), dtype))
+    assert posterior.mean.dtype == posterior.log_variance.dtype == dtype
+    mean, log_variance = raw[:channels].astype(np.float64), raw[channels:].astype(np.float64)
+    assert tree_allclose((mean - shift) * scale, posterior.mean, tolerance)
+    expected = np.clip(log_variance, -30, 20) + 2 * np.log(scale)
+    assert tree_allclose(expected, posterior.log_variance, tolerance)
+    assert tree_allclose(mean, vae.decode(posterior.mean)[:, ::4, ::4], tolerance)
+
+
 def test_sample_has_the_posteriors_moments():
     mean, log_variance = jnp.full((1, 100, 100), 3.0), jnp.full((1, 100, 100), math.log(4.0))
     sample = edt.vae.Gaussian(mean, log_variance).sample(jax.random.key(5))
@@ -143,6 +184,17 @@ def test_sample_has_the_posteriors_moments():
         (lambda v: autoencoder(norm_num_groups=5), "has 16, which is no positive multiple"),
         (lambda v: autoencoder(block_out_channels=()), "resolutions=0"),
         (lambda v: autoencoder(layers_per_block=0), "layers_per_block=0"),
+        (lambda v: autoencoder(latents_std=[1.0] * 4), "latents_std is given alone"),
+        (
+            lambda v: autoencoder(latents_mean=[0.0] * 4, latents_std=[0.0] * 4),
+            "latents_std=.* must be 4 finite numbers, one a channel, all positive",
+        ),
+        (
+            lambda v: autoencoder(
+                latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=np.float32(2)
+            ),
+            "shift_factor=2.0 must be 0",
+        ),
     ],
 )
 def test_wrong_sizes(call, message):
@@ -189,6 +241,9 @@ def errors(torch, model, vae, side=16):
     """Of mean, log-variance and image, relative to the range of diffusers'."""
     config = model.config
     shift, scale = config.shift_factor or 0.0, config.scaling_factor
+    if config.latents_mean is not None:
+        shift, std = (np.reshape(v, (-1, 1, 1)) for v in (config.latents_mean, config.latents_std))
+        scale = scale / std
     x = np.random.default_rng(0).uniform(-1, 1, (2, config.in_channels, side, side + 8))
     x = x.astype(np.float32)
     with torch.no_grad():
@@ -198,8 +253,8 @@ def errors(torch, model, vae, side=16):
     ours = jax.jit(jax.vmap(vae.encode))(jnp.asarray(x))
     return [
         difference(z, ours.mean),
-        difference(posterior.logvar.numpy(), ours.log_variance - 2 * math.log(scale)),
-        difference(image, jax.jit(jax.vmap(vae.decode))(jnp.asarray(z))),
+        difference(posterior.logvar.numpy(), np.asarray(ours.log_variance) - 2 * np.log(scale)),
+        difference(image, jax.jit(jax.vmap(vae.decode))(jnp.asarray(z, np.float32))),
     ]
 
 
@@ -215,9 +270,9 @@ def test_both_directions(torch, tmp_path, variant):
     state = model.state_dict()
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
-    for name in ("scaling_factor", "shift_factor", *SIZES):
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", *SIZES):
         value = again.config[name]
-        assert (tuple(value) if isinstance(value, list) else value) == model.config[name]
+        assert value == model.config[name] or tuple(value) == tuple(model.config[name])
     reloaded = pretrained.load_vae(tmp_path / "ours")
     assert tree_allclose(reloaded, vae)
 
@@ -272,7 +327,13 @@ def test_pipeline_folders_and_twice_named_keys(torch, tmp_path):
     [
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types="),
-        ({"latents_mean": [0.0] * 4}, "latents_mean="),
+        ({"latents_mean": [0.0] * 4}, "latents_mean is given alone"),
+        ({"latents_std": [1.0] * 4}, "latents_std is given alone"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "must be 4 finite numbers"),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.5},
+            "shift_factor=0.5 must be 0 beside latents_mean",
+        ),
         ({"latent_channels": 8}, "latent_channels=8, but the weights in .* have 4"),
         ({"_class_name": "AutoencoderTiny"}, "is of a AutoencoderTiny, not of diffusers'"),
     ],
@@ -306,6 +367,12 @@ def folder(tmp_path_factory):
         ("norm_num_groups", "sizes"),
         ("scaling_factor", [0, -1.0, 1e400, math.nan, True, None, "1", [1], 10**400]),
         ("shift_factor", [1e400, math.nan, True, "1", [1], 10**400]),
+        ("latents_mean", [0, {}, "abcd", [1.0] * 3, [None] * 4, [math.nan] * 4, [10**400] * 4]),
+        ("latents_mean", [[True] * 4, [[1.0]] * 4, [1.0] * 10**6, [-1e31] * 4]),
+        (
+            "latents_std",
+            [[0.0, 1.0, 1.0, 1.0], [-1.0] * 4, [1e-320] * 4, ["1"] * 4, [math.inf] * 4],
+        ),
         ("use_quant_conv", [False, None, 1, "yes"]),
         ("use_post_quant_conv", [False, None, 1, "yes"]),
         ("mid_block_add_attention", [False, None, 1, "yes"]),
