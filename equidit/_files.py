@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ._common import extra
+from ._common import choose_from, extra
 
 StrPath = str | os.PathLike[str]
 
@@ -155,7 +155,7 @@ def read_file(path: Path, *, ema: bool = True) -> tuple[Weights, Any]:
     memory, and must lie within the file.
     """
     if path.suffix not in _READERS:
-        raise ValueError(f"{path} is of an unknown kind: choose from {', '.join(_READERS)}")
+        raise ValueError(f"{path} is of an unknown kind: {choose_from(_READERS, path.suffix)}")
     return _READERS[path.suffix](path, ema)
 
 

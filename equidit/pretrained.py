@@ -194,8 +194,7 @@ def _from_official(
 
 def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> DiT:
     """The network, with shapes in place of arrays."""
-    if arithmetic not in ("official", "diffusers"):
-        raise ValueError(f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'")
+    check_choice("arithmetic", arithmetic, ("official", "diffusers"))
     theirs = arithmetic == "diffusers"
 
     def make(key: jax.Array) -> DiT:

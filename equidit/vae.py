@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import check_positive, upcast
+from ._common import Module, check_positive, upcast
 from ._layers import Attention
 from ._types import Number, PRNGKey
 
@@ -51,7 +51,7 @@ class Gaussian(eqx.Module):
         return self.mean + jnp.exp(self.log_variance / 2) * noise
 
 
-class Autoencoder(eqx.Module):
+class Autoencoder(Module):
     """The autoencoder of latent diffusion, diffusers' `AutoencoderKL`.
 
     Images are in [-1, 1]: see [`equidit.vae.check_range`][]. Latents are in the units that a DiT
