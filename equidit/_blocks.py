@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._common import Module
 from ._layers import MLP, Attention, LayerNorm, Linear, hidden_size, zeros
 from ._ops import layer_norm, modulate
 from ._types import Conditioning, Number, PRNGKey
 
 
-class AdaLNZeroBlock(eqx.Module):
+class AdaLNZeroBlock(Module):
     """Self-attention and MLP, each shifted, scaled and gated by the conditioning vector.
 
     The gates are zero at initialisation, so a new block is the identity.
@@ -80,7 +81,7 @@ class AdaLNZeroBlock(eqx.Module):
         return tokens + gate_m[None] * self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
 
 
-class AdaLNBlock(eqx.Module):
+class AdaLNBlock(Module):
     """Self-attention and MLP, each shifted and scaled, not gated, by the conditioning vector.
 
     Shifts and scales are zero at initialisation.
@@ -133,7 +134,7 @@ class AdaLNBlock(eqx.Module):
         return tokens + self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
 
-class InContextBlock(eqx.Module):
+class InContextBlock(Module):
     """A plain transformer block, for conditioning that is among the tokens.
 
     It reads no conditioning of its own: use it with `DiT(append_cond=True)`, which appends
@@ -191,7 +192,7 @@ class InContextBlock(eqx.Module):
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
-class CrossAttentionBlock(eqx.Module):
+class CrossAttentionBlock(Module):
     """A transformer block with cross-attention to the conditioning's tokens after self-attention.
 
     ??? cite
@@ -246,7 +247,7 @@ class CrossAttentionBlock(eqx.Module):
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
-class TextCrossAttentionBlock(eqx.Module):
+class TextCrossAttentionBlock(Module):
     """An adaLN-Zero block with cross-attention to the conditioning's tokens, the prompt's, between.
 
     The gates and the cross-attention's output projection are zero at initialisation, so a new block

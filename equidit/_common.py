@@ -1,7 +1,9 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -42,6 +44,42 @@ def _numbers(values: Any, count: int) -> bool:
         return False
     kinds = int | float | np.integer | np.floating
     return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """`ValueError` naming the argument and the valid choices, unless `value` is one."""
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown: {choose_from(known, value)}")
+
+
+def choose_from(choices: Iterable[str], value: str) -> str:
+    """What an error says to do about an unknown `value`: the nearest choices, if few, then all."""
+    choices, word = list(choices), _bare(value)
+    likeness = {name: SequenceMatcher(None, word, _bare(name)).ratio() for name in choices}
+    near = {n: r for n, r in likeness.items() if r >= 0.6 or (word and word in _bare(n))}
+    best = [repr(name) for name, ratio in near.items() if ratio == max(near.values())]
+    known = f"hoose from {', '.join(choices)}"
+    return f"did you mean {' or '.join(best)}? C{known}" if 1 <= len(best) <= 3 else f"c{known}"
+
+
+def _bare(name: str) -> str:
+    return "".join(filter(str.isalnum, str(name).casefold()))
+
+
+class Module(eqx.Module):
+    """An Equinox module of the library's, which says how it goes through `jax.jit`."""
+
+    def __hash__(self) -> int:
+        try:
+            return super().__hash__()
+        except TypeError:
+            kind = type(self).__name__
+            raise TypeError(
+                f"a {kind} holds arrays and so has no hash, which jax.jit and jax.checkpoint ask "
+                "of what they wrap: write eqx.filter_jit(module) for jax.jit(module), or pass the "
+                "module as an argument: jax.jit(lambda module, *args: module(*args))"
+            ) from None
 
 
 @contextmanager

@@ -3,10 +3,12 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from ._common import check_positive
-from ._layers import Linear, normal_02
+from ._common import Module, check_positive
+from ._layers import Linear, normal_02, parameter
 from ._ops import timestep_features
 from ._types import Conditioning, PRNGKey
 
@@ -14,7 +16,7 @@ Prompt = tuple[Float[Array, "length text_dim"], Bool[Array, " length"]]
 """The states of a text encoder, and which of them are the prompt rather than padding."""
 
 
-class TimestepEmbedder(eqx.Module):
+class TimestepEmbedder(Module):
     """Sinusoidal features of the timestep through a two-layer SiLU MLP.
 
     ??? cite
@@ -48,10 +50,10 @@ class TimestepEmbedder(eqx.Module):
         Its embedding, in the parameters' dtype.
         """
         features = (self.features or timestep_features)(t, 256)
-        return self.down(jax.nn.silu(self.up(features.astype(self.up.weight.dtype))))
+        return self.down(jax.nn.silu(self.up(features.astype(self.up.parameters()[0].dtype))))
 
 
-class LabelEmbedder(eqx.Module):
+class LabelEmbedder(Module):
     """A table with a row a class and one more, the last, for the null label of guidance."""
 
     table: Float[Array, "classes dim"]
@@ -78,15 +80,37 @@ class LabelEmbedder(eqx.Module):
 
         **Returns:**
 
-        Its row. A label outside the table gives NaN: never, as plain indexing would, another
-        class. Check labels on the host, where they are known.
+        Its row.
+
+        **Raises:**
+
+        `ValueError` for a label outside the table whose value is known, as in eager use, mapped or
+        not. One that is traced by `jax.jit` is not checked, and gives NaN: never, as plain indexing
+        would, another class. Check labels on the host.
         """
-        return self.table.at[label].get(
+        table = parameter(self, "table", "classes dim")
+        _check_label(label, table.shape[0] - 1)
+        return table.at[label].get(
             mode="fill", fill_value=float("nan"), wrap_negative_indices=False
         )
 
 
-class TextEmbedder(eqx.Module):
+def _check_label(label: Array, null: int) -> None:
+    while isinstance(label, Tracer):
+        if not hasattr(label, "batch_dim"):
+            return
+        label = label.val  # what jax.vmap maps over
+    if not getattr(label, "is_fully_addressable", True):
+        return
+    labels = np.asarray(label)
+    if (wrong := labels[(labels < 0) | (labels > null)]).size:
+        raise ValueError(
+            f"label={wrong[0]} is unknown to a network of {null} classes: labels are 0 to "
+            f"{null - 1}, and {null} is the null label"
+        )
+
+
+class TextEmbedder(Module):
     """A prompt, as the hidden states of a text encoder, in the model's hidden size.
 
     ??? cite
@@ -131,11 +155,12 @@ class TextEmbedder(eqx.Module):
         `max_length` tokens, whatever the length given, with the mask of those that count; and as
         vector a linear map of their mean.
         """
-        length, max_length = embeddings.shape[0], self.null.shape[0]
-        if embeddings.shape[1] != self.null.shape[1]:
+        null = parameter(self, "null", "max_length text_dim")
+        length, max_length = embeddings.shape[0], null.shape[0]
+        if embeddings.shape[1] != null.shape[1]:
             raise ValueError(
                 f"the prompt's states have text_dim={embeddings.shape[1]}, but the network was "
-                f"made for text_dim={self.null.shape[1]}"
+                f"made for text_dim={null.shape[1]}"
             )
         if length > max_length:
             raise ValueError(
@@ -143,9 +168,9 @@ class TextEmbedder(eqx.Module):
                 "or make the network with a larger max_length (text_length of a Config)"
             )
         padding = max_length - length
-        states = jnp.pad(embeddings.astype(self.null.dtype), ((0, padding), (0, 0)))
+        states = jnp.pad(embeddings.astype(null.dtype), ((0, padding), (0, 0)))
         mask = jnp.pad(mask, (0, padding))
-        states = jnp.where(mask.any(), states, self.null)
+        states = jnp.where(mask.any(), states, null)
         mask = jnp.where(mask.any(), mask, True)
         states = jnp.where(mask[:, None], states, jnp.zeros_like(states))
         tokens = self.down(jax.nn.gelu(self.up(states), approximate=True))
@@ -154,11 +179,16 @@ class TextEmbedder(eqx.Module):
         return Conditioning(self.pooled(mean), tokens, mask)
 
 
-class LabelConditioner(eqx.Module):
+class LabelConditioner(Module):
     """The paper's conditioning: `conditioner(t, label)` from a timestep and a class label."""
 
     timestep: TimestepEmbedder
     label: LabelEmbedder
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, without the null label."""
+        return self.label.null
 
     @property
     def null(self) -> int:
@@ -187,7 +217,7 @@ class LabelConditioner(eqx.Module):
         """**Arguments:**
 
         - `t`: the time in diffusion steps.
-        - `label`: 0 to `num_classes - 1`, or `null`; others give NaN.
+        - `label`: 0 to `num_classes - 1`, or `null`; others as for [`equidit.LabelEmbedder`][].
 
         **Returns:**
 
@@ -200,7 +230,7 @@ class LabelConditioner(eqx.Module):
         )
 
 
-class TimestepConditioner(eqx.Module):
+class TimestepConditioner(Module):
     """Conditioning of an unconditional model: `conditioner(t, None)`."""
 
     timestep: TimestepEmbedder
@@ -227,7 +257,7 @@ class TimestepConditioner(eqx.Module):
         return Conditioning(vector=embedding, tokens=embedding[None])
 
 
-class TextConditioner(eqx.Module):
+class TextConditioner(Module):
     """Conditioning on text: `conditioner(t, (embeddings, mask))`, see [`equidit.TextEmbedder`][].
 
     The vector is timestep + pooled prompt; the tokens are the prompt's.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._blocks import AdaLNZeroBlock, tokens_of
-from ._common import check_positive
+from ._common import Module, check_positive
 from ._conditioning import LabelConditioner, TimestepConditioner
 from ._layers import FinalLayer, Linear
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
@@ -17,7 +17,7 @@ from ._stack import Stack
 from ._types import Conditioning, Number, PRNGKey
 
 
-class DiT(eqx.Module):
+class DiT(Module):
     """A Diffusion Transformer: a [`equidit.Network`][] over patches of an image or latent.
 
     ??? cite
@@ -112,6 +112,11 @@ class DiT(eqx.Module):
         self.blocks = Stack(make_block, depth, remat=remat, key=blocks_key)
         self.final = final(hidden_size, patch_size, self.out_channels, key=final_key)
 
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, which is the null label as well; `None` without labels."""
+        return getattr(self.conditioner, "num_classes", None)
+
     def __call__(
         self,
         x: Float[Array, "channels height width"],
@@ -136,6 +141,7 @@ class DiT(eqx.Module):
         `ValueError` for other channels than the network's, and for a height or width that the patch
         size does not divide.
         """
+        self._check_channels(x)
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens, conditioning = self.embed(x, t, cond)
         tokens = self.blocks(tokens, conditioning)[: grid[0] * grid[1]]
@@ -156,13 +162,9 @@ class DiT(eqx.Module):
 
         The tokens and the [`equidit.Conditioning`][] for the blocks.
         """
-        channels, height, width = x.shape
-        if channels != self.in_channels:
-            raise ValueError(
-                f"x has {channels} channels, the network in_channels={self.in_channels}"
-            )
-        grid = grid_of(height, width, self.patch_size)
-        dtype = self.patch_embed.weight.dtype
+        self._check_channels(x)
+        grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
+        dtype = self.patch_embed.parameters()[0].dtype
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
         tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
         conditioning = self.conditioner(t, cond)
@@ -184,3 +186,16 @@ class DiT(eqx.Module):
         if conditioning.positions is None:
             conditioning = dataclasses.replace(conditioning, positions=positions)
         return tokens, conditioning
+
+    def _check_channels(self, x: Array) -> None:
+        if x.shape[0] != self.in_channels:
+            last = x.shape[2] == self.in_channels
+            raise ValueError(
+                f"x has {x.shape[0]} channels, the network in_channels={self.in_channels}"
+                + (
+                    f": of its shape {x.shape}, channels are the first axis, so if they are the "
+                    "last of yours, pass jnp.transpose(x, (2, 0, 1))"
+                    if last
+                    else ""
+                )
+            )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._common import extra
+from ._common import choose_from, extra
 from ._pickles import read_torch
 from ._types import StrPath
 
@@ -168,7 +168,7 @@ def read_file(path: Path) -> Any:
     memory, and must lie within the file.
     """
     if path.suffix not in _READERS:
-        raise ValueError(f"{path} is of an unknown kind: choose from {', '.join(_READERS)}")
+        raise ValueError(f"{path} is of an unknown kind: {choose_from(_READERS, path.suffix)}")
     return _READERS[path.suffix](path)
 
 

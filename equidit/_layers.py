@@ -4,9 +4,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._common import check_positive
+from ._common import Module, check_positive
 from ._ops import layer_norm, modulate, rms_norm
 from ._types import Conditioning, Number, PRNGKey
 
@@ -20,7 +21,22 @@ normal_02: Initializer = jax.nn.initializers.normal(0.02)
 zeros: Initializer = jax.nn.initializers.zeros
 
 
-class Linear(eqx.Module):
+def parameter(module: Any, name: str, axes: str) -> Array:
+    """A parameter as the array that it must be: `eqx.tree_at` puts anything in its place."""
+    value = getattr(module, name)
+    if isinstance(value, np.ndarray):
+        value = jnp.asarray(value)
+    is_array = isinstance(value, Array) and value.dtype.kind in "fV"  # V: bfloat16
+    if not is_array or value.ndim != len(axes.split()):
+        found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else repr(value)
+        raise ValueError(
+            f"{type(module).__name__}.{name} is {found}, but must be a floating-point array of the "
+            f"axes ({axes}): put one in its place, e.g. jnp.full_like(old, value)"
+        )
+    return value
+
+
+class Linear(Module):
     """`x @ weight.T + bias` on the last axis of whole arrays: no `vmap` over tokens is needed."""
 
     weight: Float[Array, "out features"]
@@ -53,11 +69,16 @@ class Linear(eqx.Module):
 
         The same with `out_features` on the last axis.
         """
-        if x.shape[-1] != self.weight.shape[1]:
+        weight, bias = self.parameters()
+        if x.shape[-1] != weight.shape[1]:
             raise ValueError(
-                f"x has {x.shape[-1]} features, but the layer was made for {self.weight.shape[1]}"
+                f"x has {x.shape[-1]} features, but the layer was made for {weight.shape[1]}"
             )
-        return _affine(x, self.weight, self.bias)
+        return _affine(x, weight, bias)
+
+    def parameters(self) -> tuple[Float[Array, "out features"], Float[Array, " out"]]:
+        """The weight and the bias, as the arrays that they must be."""
+        return parameter(self, "weight", "out features"), parameter(self, "bias", "out")
 
 
 def hidden_size(dim: int, mlp_ratio: Number) -> int:
@@ -73,7 +94,7 @@ def _affine(x: Array, weight: Array, bias: Array) -> Array:
     return y + jnp.broadcast_to(bias, y.shape)
 
 
-class LayerNorm(eqx.Module):
+class LayerNorm(Module):
     """[`equidit.layer_norm`][] with a learned scale and shift, initially 1 and 0."""
 
     scale: Float[Array, " dim"]
@@ -96,10 +117,11 @@ class LayerNorm(eqx.Module):
 
         The normalised tokens, in the shape of `x`.
         """
-        return _scaled(layer_norm(x), self.scale) + jnp.broadcast_to(self.shift, x.shape)
+        scale, shift = (parameter(self, name, "dim") for name in ("scale", "shift"))
+        return _scaled(layer_norm(x), scale) + jnp.broadcast_to(shift, x.shape)
 
 
-class RMSNorm(eqx.Module):
+class RMSNorm(Module):
     """[`equidit.rms_norm`][] with a learned scale, initially 1."""
 
     scale: Float[Array, " dim"]
@@ -121,14 +143,14 @@ class RMSNorm(eqx.Module):
 
         The normalised tokens, in the shape of `x`.
         """
-        return _scaled(rms_norm(x), self.scale)
+        return _scaled(rms_norm(x), parameter(self, "scale", "dim"))
 
 
 def _scaled(x: Array, scale: Array) -> Array:
     return x * jnp.broadcast_to(scale, x.shape)
 
 
-class MLP(eqx.Module):
+class MLP(Module):
     """Two linear layers with the tanh approximation of GELU between them.
 
     ??? cite
@@ -162,7 +184,7 @@ class MLP(eqx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
-class SwiGLU(eqx.Module):
+class SwiGLU(Module):
     """An MLP gated by itself: `down(silu(gate(x)) * up(x))`. Takes the place of [`equidit.MLP`][].
 
     With three matrices in place of two, `hidden_size` 2/3 as large costs the same.
@@ -200,7 +222,7 @@ class SwiGLU(eqx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Attention(eqx.Module):
+class Attention(Module):
     """Multi-head attention with one fused projection for queries, keys and values.
 
     ??? cite
@@ -283,7 +305,7 @@ class Attention(eqx.Module):
             q, k, v = map(self._heads, jnp.split(self.qkv(x), 3, axis=-1))
         else:
             dim = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
+            weight, bias = self.qkv.parameters()
             q = self._heads(_affine(x, weight[:dim], bias[:dim]))
             k, v = map(
                 self._heads, jnp.split(_affine(context, weight[dim:], bias[dim:]), 2, axis=-1)
@@ -310,7 +332,7 @@ class Attention(eqx.Module):
         return x.reshape(x.shape[0], self.num_heads, -1)
 
 
-class FinalLayer(eqx.Module):
+class FinalLayer(Module):
     """The last layer: adaptive layer norm, then a linear map to patches. Zero at initialisation.
 
     ??? cite
@@ -361,7 +383,7 @@ class FinalLayer(eqx.Module):
         return self.linear(modulate(self.norm(tokens), shift, scale))
 
 
-class PlainFinalLayer(eqx.Module):
+class PlainFinalLayer(Module):
     """The last layer of the paper's designs without adaptive norms: a learned layer norm, then a
     linear map to patches, zero at initialisation. Does not read the conditioning.
 

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._common import upcast
+from ._common import check_choice, upcast
 from ._schedule import (
     PREDICTIONS,
     Image,
     Index,
     Schedule,
     at,
-    check_choice,
     posterior,
     predict_v,
     q_sample,

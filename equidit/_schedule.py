@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._common import upcast
+from ._common import check_choice, upcast
 
 Image = Float[Array, "channels height width"]
 """One image or latent."""
@@ -371,9 +371,3 @@ def x0_and_eps(
     signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     x0 = times(signal, t, xt) - times(noise, t, value)
     return x0, times(noise, t, xt) + times(signal, t, value)
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """`ValueError` naming the argument and the valid choices, unless `value` is one."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from ._common import check_positive
+from ._common import check_choice, check_positive
 from ._types import PRNGKey
 from .configs import CONFIGS, Config
 
@@ -107,8 +107,7 @@ class Settings:
                 f"sampling_steps={self.sampling_steps} must be at most {SCHEDULE_STEPS}, the "
                 "steps of the schedule"
             )
-        if self.model not in MODELS:
-            raise ValueError(f"model={self.model!r} is unknown: choose from {', '.join(MODELS)}")
+        check_choice("model", self.model, MODELS)
         kind, path = self.source
         if kind not in ("digits", "folder", "latents") or (path is None) != (kind == "digits"):
             raise ValueError(f"data={self.data!r} must be digits, folder:DIR or latents:DIR")

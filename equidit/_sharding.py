@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, PyTree
 
-from ._common import upcast
+from ._common import check_choice, upcast
 from ._parts import DATA, Part, gather, scans, sum_all, sum_scatter, whole
 
 Sharding = Literal["replicated", "zero1", "fsdp"]
@@ -62,9 +62,7 @@ def shardings(state: PyTree, mesh: Mesh, sharding: str = "replicated") -> PyTree
 
 def check_sharding(mesh: Mesh, sharding: str) -> None:
     """`ValueError` for a mode or a mesh that the training step cannot work with."""
-    if sharding not in _DIVIDED:
-        known = ", ".join(repr(name) for name in get_args(Sharding))
-        raise ValueError(f"sharding={sharding!r} is unknown: choose {known}")
+    check_choice("sharding", sharding, get_args(Sharding))
     if DATA not in mesh.axis_names:
         raise ValueError(f"mesh has the axes {mesh.axis_names}: one must be called 'data'")
     if mesh.axis_types[mesh.axis_names.index(DATA)] is not AxisType.Auto:

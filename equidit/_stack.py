@@ -1,11 +1,11 @@
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, SupportsIndex
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from ._common import check_positive
+from ._common import Module, check_choice, check_positive
 from ._parts import Part, whole
 from ._types import Conditioning, PRNGKey
 
@@ -27,12 +27,13 @@ _REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 }
 
 
-class Stack(eqx.Module):
+class Stack(Module):
     """A stack of equal blocks, itself a block: one compiled body, scanned over the depth.
 
     Blocks may be any modules. Their arrays are stacked along a new first axis; all else must be
     the same in every block. A block that changes the tokens' shape or dtype is an error that names
-    its class.
+    its class. `len(stack)`, `stack[0]`, `stack[-1]`, `stack[2:5]` and `for block in stack` are as
+    for a list of the blocks, whose arrays are copied out of the stack when they are asked for.
     """
 
     blocks: Any
@@ -59,8 +60,8 @@ class Stack(eqx.Module):
         - `key`: split over the blocks.
         """
         check_positive(depth=depth)
-        if remat is not None and remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r} is unknown: choose {_names(_REMAT_POLICIES)}")
+        if remat is not None:
+            check_choice("remat", remat, _REMAT_POLICIES)
         self.blocks = eqx.filter_vmap(lambda k: make_block(key=k))(jax.random.split(key, depth))
         self.depth = depth
         self.remat = remat
@@ -77,6 +78,9 @@ class Stack(eqx.Module):
         The tokens after the last block.
         """
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
+        for leaf in jax.tree.leaves(stacked):
+            if leaf.shape[:1] != (self.depth,):
+                raise ValueError(_misshapen(stacked, self.depth))
 
         def body(tokens: Array, arrays: Any) -> tuple[Array, None]:
             block = whole(eqx.combine(arrays, static))
@@ -106,14 +110,32 @@ class Stack(eqx.Module):
         ```python
         tokens, conditioning = network.embed(x, t, cond)
         hidden = []
-        for block in network.blocks.unstack():
+        for block in network.blocks:
             tokens = block(tokens, conditioning)
             hidden.append(tokens)
         ```
         """
+        return self[:]
+
+    def __len__(self) -> int:
+        return self.depth
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unstack())
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        """One block, from the end if `index` is negative, or the list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(self.depth)[index]]
+        try:
+            place = range(self.depth)[index]
+        except IndexError:
+            raise IndexError(
+                f"block {index} of a stack of depth={self.depth}: choose from 0 to "
+                f"{self.depth - 1}, or from -1 to {-self.depth}, counted from the end"
+            ) from None
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
-        take = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
-        return [whole(eqx.combine(arrays, static)) for arrays in take]
+        return whole(eqx.combine(jax.tree.map(lambda a: a[place], stacked), static))
 
 
 def _holds_parts(tree: Any) -> bool:
@@ -134,6 +156,15 @@ def _where(block: Any, tokens: Array) -> str:
     return note
 
 
+def _misshapen(stacked: Any, depth: int) -> str:
+    paths = jax.tree_util.tree_leaves_with_path(stacked)
+    path, leaf = next(pair for pair in paths if pair[1].shape[:1] != (depth,))
+    return (
+        f"blocks{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but the arrays of a stack "
+        f"have a first axis of depth={depth}: put one of the old one's shape in its place"
+    )
+
+
 def _checked(block: Any, out: Any, tokens: Array) -> Array:
     if not eqx.is_array(out) or (out.shape, out.dtype) != (tokens.shape, tokens.dtype):
         found = f"{out.dtype}{list(out.shape)}" if eqx.is_array(out) else f"a {type(out).__name__}"
@@ -142,7 +173,3 @@ def _checked(block: Any, out: Any, tokens: Array) -> Array:
             f"but {type(block).__name__} returned {found}"
         )
     return out
-
-
-def _names(table: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name in table)

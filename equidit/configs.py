@@ -15,7 +15,7 @@ from ._blocks import (
     InContextBlock,
     TextCrossAttentionBlock,
 )
-from ._common import check_positive
+from ._common import check_choice, check_positive, choose_from
 from ._conditioning import TextConditioner
 from ._dit import DiT
 from ._layers import FinalLayer, PlainFinalLayer, hidden_size
@@ -82,8 +82,7 @@ class Config:
             in_channels=self.in_channels,
             text_length=self.text_length,
         )
-        if self.block not in _DESIGNS:
-            raise ValueError(f"block={self.block!r} is unknown: choose from {', '.join(_DESIGNS)}")
+        check_choice("block", self.block, _DESIGNS)
         if self.text_dim is not None and self.num_classes is not None:
             raise ValueError(
                 f"text_dim={self.text_dim} and num_classes={self.num_classes} exclude each other: "
@@ -104,8 +103,7 @@ CONFIGS: dict[str, Config] = {
 def _resolve(config: str | Config) -> Config:
     if isinstance(config, Config):
         return config
-    if config not in CONFIGS:
-        raise ValueError(f"config {config!r} is unknown: choose from {', '.join(CONFIGS)}")
+    check_choice("config", config, CONFIGS)
     return CONFIGS[config]
 
 
@@ -130,7 +128,7 @@ def build(name_or_config: str | Config, *, key: PRNGKey, **overrides: Any) -> Di
     config = _resolve(name_or_config)
     fields = [field.name for field in dataclasses.fields(Config)]
     if unknown := [name for name in overrides if name not in fields]:
-        raise TypeError(f"Config has no field {unknown[0]!r}: its fields are {', '.join(fields)}")
+        raise TypeError(f"Config has no field {unknown[0]!r}: {choose_from(fields, unknown[0])}")
     sizes = dataclasses.asdict(dataclasses.replace(config, **overrides))
     design = _DESIGNS[sizes.pop("block")]
     text_dim, text_length = sizes.pop("text_dim"), sizes.pop("text_length")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._common import upcast
+from ._common import Module, upcast
 from ._types import Network, Number, PRNGKey, Scalar
 
 Cond = TypeVar("Cond")
@@ -51,7 +51,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> 
     return jax.tree.map(drop, label, null)
 
 
-class Guided(eqx.Module):
+class Guided(Module):
     """A network under guidance, itself a network. Made by [`equidit.guide`][], whose arguments its
     fields are.
     """
@@ -95,7 +95,7 @@ class Guided(eqx.Module):
         channels = x.shape[0] if self.channels is None else self.channels
         if channels > with_cond.shape[0]:
             raise ValueError(f"channels={channels}, but the output has only {with_cond.shape[0]}")
-        scale = self.scale.astype(with_cond.dtype)
+        scale = jnp.asarray(self.scale, with_cond.dtype)
         if reference.shape != with_cond.shape:
             raise ValueError(
                 f"the reference's output has shape {reference.shape}, the network's "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import check_positive, check_statistics, upcast
+from ._common import Module, check_positive, check_statistics, upcast
 from ._layers import Attention
 from ._types import Number, PRNGKey
 
@@ -52,7 +52,7 @@ class Gaussian(eqx.Module):
         return self.mean + jnp.exp(self.log_variance / 2) * noise
 
 
-class Autoencoder(eqx.Module):
+class Autoencoder(Module):
     """The autoencoder of latent diffusion, diffusers' `AutoencoderKL`.
 
     Images are in [-1, 1]: see [`equidit.vae.check_range`][]. Latents are in the units that a DiT
