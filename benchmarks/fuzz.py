@@ -32,7 +32,7 @@ SECONDS = 5
 """Of processor time, that an input may take."""
 MEMORY = 2**28
 """Bytes of address space, that a reader may take beyond what the process had."""
-CHUNK = 100_000
+CHUNK = 50_000
 _TRACED = 64
 _ENGINES = ("mutated", "guided")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -109,7 +109,7 @@ class Harness:
         if event == "open":
             path, _, flags = arguments
             writes = isinstance(flags, int) and flags & _WRITING
-            if writes and Path(str(path)).name not in self.reader.leaves:
+            if writes and Path(str(path)).name not in self.reader.leaves | self.reader.opens:
                 self._events.append(f"opens {Path(str(path)).name} to write")
         elif _FORBIDDEN.match(event):
             self._events.append(event)
@@ -410,7 +410,10 @@ def campaign(names: Sequence[str], wanted: int, engines: Sequence[str], name: st
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """As Markdown."""
-    lines = ["| reader | inputs | read | refused | edges, before and after | found |", "|---" * 6 + "|"]
+    lines = [
+        "| reader | inputs | read | refused | edges, before and after | found |",
+        "|---" * 6 + "|",
+    ]
     for name, row in rows.items():
         edges = " to ".join(str(numbers[0]) for numbers in row["coverage"].values())
         found = "; ".join(f["what"] for f in row["findings"])

@@ -7,7 +7,7 @@ import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LONGEST = 2**16
@@ -63,26 +63,27 @@ def _text(value: Any, **options: Any) -> bytes:
     return found
 
 
-def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container beside a key in it."""
-    if isinstance(value, dict | list):
-        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            yield value, key
-            yield from _nodes(inner)
+def _node(value: Any, rng: random.Random) -> tuple[Any, Any]:
+    """Some container in plain data that is not empty, beside a key in it."""
+    while True:
+        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        inner = value[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.25:
+            return value, key
+        value = inner
 
 
 def altered(value: Any, rng: random.Random) -> Any:
     """Plain data with one node changed, removed, moved or added. Changes `value`."""
-    nodes = list(_nodes(value))
-    if not nodes or rng.random() < 0.02:
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.02:
         return rng.choice(_NASTY)
-    parent, key = rng.choice(nodes)
+    parent, key = _node(value, rng)
     old, what = parent[key], rng.random()
     if what < 0.15:
         del parent[key]
     elif what < 0.25:
-        other, there = rng.choice(nodes)
-        parent[key] = json.loads(json.dumps(other.get(there) if isinstance(other, dict) else other))
+        other, there = _node(value, rng)
+        parent[key] = json.loads(json.dumps(other[there]))
     elif what < 0.35 and isinstance(parent, dict):
         parent[rng.choice(("", "a", "format", "x" * 300, "é", "__metadata__"))] = parent.pop(key)
     elif what < 0.5 and isinstance(old, dict | list):

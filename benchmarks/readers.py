@@ -45,7 +45,7 @@ class Reader:
     - `errors`: those that it documents; each names the folder.
     - `modules`: whose code is watched by the coverage-guided engine.
     - `memory`: bytes that it may allocate in Python and NumPy, beside 16 times the files' size.
-    - `leaves`: files that it may write: locks.
+    - `leaves`: files that it may write: locks. `opens`: those that it may open to write.
     - `lay`: puts foreign bytes into the folder, where they are not one file's.
     - `seal`: makes a checksum in them right again.
     """
@@ -57,6 +57,7 @@ class Reader:
     modules: tuple[str, ...] = ()
     memory: int = 2**20
     leaves: frozenset[str] = frozenset()
+    opens: frozenset[str] = frozenset()
     lay: Callable[[Path, bytes], None] | None = None
     seal: Callable[[bytes], bytes] | None = None
 
@@ -281,7 +282,9 @@ def _read_checkpoint(folder: Path) -> None:
     with (
         # The record alone is foreign.
         mock.patch.multiple(_orbax, **read),
-        mock.patch.object(_checkpoints, "fingerprints", lambda found: {n: digits[n] for n in found}),
+        mock.patch.object(
+            _checkpoints, "fingerprints", lambda found: {n: digits[n] for n in found}
+        ),
         Checkpoints(folder, read_only=True) as checkpoints,
     ):
         restored = checkpoints.restore(_state(), config=_CONFIG)
@@ -372,7 +375,10 @@ def _read_picture(folder: Path) -> None:
 
 
 def _names_of_pictures() -> Files:
-    names = (b"cat/a.png\0cat/b.jpg\0dog/c.PNG\0dog/.hidden\0dog/notes.txt\0", b"a/b/c/d.webp\0b/e.bmp")
+    names = (
+        b"cat/a.png\0cat/b.jpg\0dog/c.PNG\0dog/.hidden\0dog/notes.txt\0",
+        b"a/b/c/d.webp\0b/e.bmp",
+    )
     return {"names": list(names)}
 
 
@@ -404,7 +410,67 @@ def _read_names(folder: Path) -> None:
 READERS = {
     reader.name: reader
     for reader in (
+        # The fastest first.
+        Reader(
+            ".npz of samples",
+            _samples,
+            lambda folder: _npz._made_with(folder / "a.npz"),
+            modules=("equidit._npz", "zipfile"),
+        ),
+        Reader("metrics.jsonl", _metrics, _read_metrics, modules=("equidit._folder",)),
         Reader("safetensors", _tensors, _read_tensors, modules=("equidit._files",)),
+        Reader(
+            "run's config.json",
+            _run,
+            _read_run,
+            modules=("equidit._folder", "equidit._settings", "equidit.configs"),
+        ),
+        Reader(
+            "cache of latents",
+            _latents,
+            _read_latents,
+            modules=("equidit._latents", "numpy.lib._format_impl"),
+        ),
+        Reader(
+            "unfinished work",
+            _unfinished,
+            _read_unfinished,
+            errors=(ValueError, FileExistsError),
+            modules=("equidit._resumable", "numpy.lib._format_impl"),
+            leaves=frozenset({"lock"}),
+            opens=frozenset({"a.npy", "label.npy"}),
+        ),
+        Reader(
+            "names in a folder",
+            _names_of_pictures,
+            _read_names,
+            modules=("equidit._images",),
+            lay=_lay_names,
+        ),
+        Reader(
+            "picture",
+            _pictures,
+            _read_picture,
+            errors=(ImageError,),
+            modules=(
+                "equidit._images",
+                *(f"PIL.{kind}ImagePlugin" for kind in ("Bmp", "Gif", "Jpeg", "Png", "Tiff")),
+            ),
+            memory=16 * PIXELS,
+        ),
+        Reader(
+            "checkpoint's record",
+            _checkpoint,
+            _read_checkpoint,
+            modules=("equidit._record", "equidit._checkpoints"),
+            seal=_sealed,
+        ),
+        Reader(
+            ".pt file",
+            _torch,
+            _read_torch,
+            modules=("equidit._files", "torch._weights_only_unpickler", "torch._utils"),
+        ),
         Reader(
             "official DiT",
             _official,
@@ -422,64 +488,6 @@ READERS = {
             _autoencoder,
             lambda folder: pretrained.load_vae(folder),
             modules=("equidit._files", "equidit._sizes", "equidit._names", "equidit.pretrained"),
-        ),
-        Reader(
-            ".pt file",
-            _torch,
-            _read_torch,
-            modules=("equidit._files", "torch._weights_only_unpickler", "torch._utils"),
-        ),
-        Reader(
-            ".npz of samples",
-            _samples,
-            lambda folder: _npz._made_with(folder / "a.npz"),
-            modules=("equidit._npz", "zipfile"),
-        ),
-        Reader(
-            "cache of latents",
-            _latents,
-            _read_latents,
-            modules=("equidit._latents", "numpy.lib._format_impl"),
-        ),
-        Reader(
-            "run's config.json",
-            _run,
-            _read_run,
-            modules=("equidit._folder", "equidit._settings", "equidit.configs"),
-        ),
-        Reader("metrics.jsonl", _metrics, _read_metrics, modules=("equidit._folder",)),
-        Reader(
-            "checkpoint's record",
-            _checkpoint,
-            _read_checkpoint,
-            modules=("equidit._record", "equidit._checkpoints"),
-            seal=_sealed,
-        ),
-        Reader(
-            "unfinished work",
-            _unfinished,
-            _read_unfinished,
-            errors=(ValueError, FileExistsError),
-            modules=("equidit._resumable", "numpy.lib._format_impl"),
-            leaves=frozenset({"lock"}),
-        ),
-        Reader(
-            "picture",
-            _pictures,
-            _read_picture,
-            errors=(ImageError,),
-            modules=(
-                "equidit._images",
-                *(f"PIL.{kind}ImagePlugin" for kind in ("Bmp", "Gif", "Jpeg", "Png", "Tiff")),
-            ),
-            memory=16 * PIXELS,
-        ),
-        Reader(
-            "names in a folder",
-            _names_of_pictures,
-            _read_names,
-            modules=("equidit._images",),
-            lay=_lay_names,
         ),
     )
 }

@@ -1,6 +1,7 @@
 """Folders of pictures, one subfolder a class, and how a picture becomes a square of pixels."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from ._common import extra
 
 Small = Literal["refuse", "enlarge"]
 """What to do with a picture that is too small."""
+# What Pillow lists, but cannot read by itself, or what holds measurements rather than a picture.
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -123,7 +126,7 @@ def read_image(
     with extra("train"):
         from PIL import Image, ImageOps
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=_formats()) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:
         raise ImageError(f"{path} is no picture, or damaged: {error}", damaged=True) from error
@@ -137,10 +140,23 @@ def read_image(
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ImageError(
+            f"{path} of {image.width}x{image.height} would become {width}x{height}, more pixels "
+            "than Pillow's limit, before the middle is cut out: remove it"
+        )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     square = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _formats() -> tuple[str, ...]:
+    """Those that are opened, whatever a file is called: of others Pillow starts programs."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NO_PICTURES)
 
 
 def _in_colour(image, path: Path):
@@ -154,8 +170,11 @@ def _in_colour(image, path: Path):
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError(f"{path} has floating-point pixels: convert it to 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{path} is damaged: {error}", damaged=True) from error
