@@ -42,6 +42,9 @@ _FORBIDDEN = re.compile(
 )
 
 
+_watching: "list[Harness]" = []
+
+
 class Hang(BaseException):
     """Raised in a reader that takes too long."""
 
@@ -52,8 +55,8 @@ class Harness:
     An input is a byte that names one of the reader's files, and what is put in that file's place.
     """
 
-    def __init__(self, reader: Any, folder: Path):
-        self.reader, self.folder = reader, folder
+    def __init__(self, reader: Any, folder: Path, *, seconds: float = SECONDS):
+        self.reader, self.folder, self.seconds = reader, folder, seconds
         self.files = reader.make()
         self.names = list(self.files)
         self.inputs, self.accepted, self.refused = 0, 0, 0
@@ -63,8 +66,10 @@ class Harness:
         # Valid files are read, and what is imported on the way is no input's doing.
         self._place(self.seeds()[0])
         reader.read(folder)
-        sys.addaudithook(self._audit)
-        signal.signal(signal.SIGPROF, self._hang)
+        if not _watching:
+            sys.addaudithook(lambda event, arguments: _watching[0]._audit(event, arguments))
+        # A hook stays for as long as the process lives.
+        _watching[:] = [self]
 
     def seeds(self) -> list[bytes]:
         """Valid inputs."""
@@ -127,7 +132,8 @@ class Harness:
         self.inputs += 1
         if traced:
             tracemalloc.start()
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        old = signal.signal(signal.SIGPROF, self._hang)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         self._events = events = []
         try:
             self.reader.read(self.folder)
@@ -142,6 +148,7 @@ class Harness:
         finally:
             self._events = None
             signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, old)
             peak = tracemalloc.get_traced_memory()[1] if traced else 0
             if traced:
                 tracemalloc.stop()

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from . import __version__
@@ -15,8 +14,6 @@ from ._files import brief
 from ._settings import Settings
 from ._storage import replace
 from ._task import About
-
-_WHOLE = BeartypeConf(is_pep484_tower=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +97,10 @@ class Folder:
 
 
 def _check_types(settings: Settings, about: About) -> None:
-    """`TypeError` naming the first value that is not of its field's type."""
+    """`TypeError` naming the first value that is not of its field's type, checks of types or not."""
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
-        if not is_bearable(value, field.type, conf=_WHOLE):  # pyright: ignore[reportArgumentType]
+        if not is_bearable(value, field.type):  # pyright: ignore[reportArgumentType]
             raise TypeError(f"{field.name}={value!r} is of another type")
     shape, classes = about.shape, about.classes
     if [type(size) for size in shape] != [int] * 3 or not all(0 < n < 2**31 for n in shape):

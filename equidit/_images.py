@@ -1,6 +1,7 @@
 """Folders of pictures, one subfolder a class, and how a picture becomes a square of pixels."""
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Literal
@@ -126,10 +127,14 @@ def read_image(
     with extra("train"):
         from PIL import Image, ImageOps
     try:
-        with Image.open(path, formats=_formats()) as file:
+        # From memory, where a reader that asks for what a chunk claims gets what there is.
+        content = io.BytesIO(path.read_bytes())
+        with Image.open(content, formats=_formats()) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:
-        raise ImageError(f"{path} is no picture, or damaged: {error}", damaged=True) from error
+        raise ImageError(
+            f"{path} is no picture, or damaged: {_said(error)}", damaged=True
+        ) from error
     image = _in_colour(image, path)
     if min(image.size) < size and small == "refuse":
         raise ImageError(
@@ -149,6 +154,11 @@ def read_image(
     left, top = (width - size) // 2, (height - size) // 2
     square = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _said(error: Exception) -> str:
+    """What Pillow says, without the name of an object."""
+    return str(error).partition(" <")[0]
 
 
 def _formats() -> tuple[str, ...]:
