@@ -237,8 +237,11 @@ def _quicken() -> None:
     """
     import jaxtyping
 
-    hook = SimpleNamespace(find_spec=lambda *_: None)
-    vars(jaxtyping)["install_import_hook"] = lambda *_, **__: SimpleNamespace(hook=hook)
+    def put(module: Any, name: str, value: Any) -> None:
+        setattr(module, name, value)
+
+    hook = SimpleNamespace(hook=SimpleNamespace(find_spec=lambda *_: None))
+    put(jaxtyping, "install_import_hook", lambda *_, **__: hook)
     import equinox as eqx
     import jax
 
@@ -253,16 +256,16 @@ def _quicken() -> None:
         return found[name]
 
     make, shape = pretrained._skeleton, eqx.filter_eval_shape
-    vars(pretrained)["_skeleton"] = lambda *arguments: once(make, *arguments)
+    put(pretrained, "_skeleton", lambda *arguments: once(make, *arguments))
 
     def shapes(function: Any, *arguments: Any, **options: Any) -> Any:
         if arguments:
             return shape(function, *arguments, **options)
         return once(lambda **given: shape(function, **given), **options)
 
-    vars(pretrained)["eqx"] = SimpleNamespace(filter_eval_shape=shapes)
+    put(pretrained, "eqx", SimpleNamespace(filter_eval_shape=shapes))
     kept = {"tree": jax.tree, "tree_util": jax.tree_util, "Array": jax.Array}
-    vars(_names)["jax"] = SimpleNamespace(**kept, device_put=lambda array, *_, **__: array)
+    put(_names, "jax", SimpleNamespace(**kept, device_put=lambda array, *_, **__: array))
 
 
 def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path) -> None:
@@ -274,6 +277,7 @@ def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path)
 
     from .mutating import mutated
 
+    engine: Any = atheris
     for name in harness.reader.modules:
         module = importlib.import_module(name)
         things = [t for t in vars(module).values() if getattr(t, "__module__", None) == name]
@@ -281,7 +285,7 @@ def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path)
         for function in things + methods:
             function = inspect.unwrap(function) if callable(function) else function
             if inspect.isfunction(function):
-                atheris.instrument_func(function)
+                engine.instrument_func(function)
     corpus.mkdir(exist_ok=True)
     for i, content in enumerate(harness.seeds()):
         (corpus / f"seed-{i}").write_bytes(content)
@@ -290,7 +294,7 @@ def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path)
     def change(data: bytes, size: int, number: int) -> bytes:
         rng = random.Random(number)
         if rng.random() < 0.3 or not data:
-            return atheris.Mutate(data, size)
+            return engine.Mutate(data, size)
         at = data[0] % len(contents)
         body = mutated(data[1:], rng, contents[at])
         if seal is not None and rng.random() < 0.8:
@@ -313,8 +317,8 @@ def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path)
     words = [f"-runs={inputs}", f"-seed={seed + 1}", "-max_len=65536", "-rss_limit_mb=0"]
     words += ["-timeout=120", "-detect_leaks=0", "-verbosity=1", str(corpus)]
     limits.enter_context(little_memory())
-    atheris.Setup(["fuzz", *words], one, custom_mutator=change)
-    atheris.Fuzz()
+    engine.Setup(["fuzz", *words], one, custom_mutator=change)
+    engine.Fuzz()
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -278,10 +278,13 @@ def _checkpoint() -> Files:
 
 def _read_checkpoint(folder: Path) -> None:
     arrays, digits = _saved()
-    read = {"read_arrays": lambda folder, wanted: {name: arrays[name] for name in wanted}}
+
+    def read_arrays(folder: Path, wanted: Any) -> dict[str, jax.Array]:
+        return {name: arrays[name] for name in wanted}
+
     with (
         # The record alone is foreign.
-        mock.patch.multiple(_orbax, **read),
+        mock.patch.object(_orbax, "read_arrays", read_arrays),
         mock.patch.object(
             _checkpoints, "fingerprints", lambda found: {n: digits[n] for n in found}
         ),

@@ -97,7 +97,7 @@ class Folder:
 
 
 def _check_types(settings: Settings, about: About) -> None:
-    """`TypeError` naming the first value that is not of its field's type, checks of types or not."""
+    """`TypeError` naming the first value that is not of its field's type."""
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         if not is_bearable(value, field.type):  # pyright: ignore[reportArgumentType]
