@@ -403,31 +403,36 @@ def campaign(names: Sequence[str], wanted: int, engines: Sequence[str], name: st
 
     path = RESULTS / f"{name}.json"
     rows = json.loads(path.read_text())["readers"] if path.exists() else {}
-    for reader in names:
-        with tempfile.TemporaryDirectory(dir=_memory_disk()) as temporary:
-            for engine in engines:
-                while True:
-                    row = rows.get(reader, {})
-                    done = row.get("inputs", {}).get(engine, 0)
-                    rest = -(-wanted // len(engines)) - done
-                    if rest <= 0:
-                        break
-                    more = chunk(reader, engine, min(CHUNK, rest), done, Path(temporary))
-                    rows[reader] = merged(row, more, engine) | origin()
-                    write(name, {"wanted": wanted, "readers": rows})
-                    print(reader, rows[reader]["inputs"], len(rows[reader]["findings"]), flush=True)
+    with tempfile.TemporaryDirectory(dir=_memory_disk()) as temporary:
+        # A part for every reader first: what is found is found early.
+        rounds = [
+            (part, reader, engine) for part in (50, 10, 1) for reader in names for engine in engines
+        ]
+        for part, reader, engine in rounds:
+            folder = Path(temporary) / str(names.index(reader))
+            folder.mkdir(exist_ok=True)
+            while True:
+                done = rows.get(reader, {}).get("inputs", {}).get(engine, 0)
+                rest = -(-wanted // (len(engines) * part)) - done
+                if rest <= 0:
+                    break
+                more = chunk(reader, engine, min(CHUNK, rest), done, folder)
+                rows[reader] = merged(rows.get(reader, {}), more, engine) | origin()
+                write(name, {"wanted": wanted, "readers": rows})
+                path.with_suffix(".md").write_text(table(rows) + "\n")
+                print(reader, rows[reader]["inputs"], len(rows[reader]["findings"]), flush=True)
     print(table(rows), path, sep="\n")
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| reader | inputs | read | refused | edges, before and after | found |",
+        "| reader | inputs | read | refused | edges seen | found |",
         "|---" * 6 + "|",
     ]
-    for name, row in rows.items():
+    for name, row in sorted(rows.items()):
         edges = " to ".join(str(numbers[0]) for numbers in row["coverage"].values())
-        found = "; ".join(f["what"] for f in row["findings"])
+        found = "; ".join(f["what"] for f in row["findings"]) or "nothing"
         inputs = sum(row["inputs"].values())
         lines.append(
             f"| {name} | {inputs:,} | {row['accepted'] / inputs:.0%} "
