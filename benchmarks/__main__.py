@@ -27,6 +27,7 @@ PARTS = (
     "kills",
     "incidents",
     "uneven",
+    "fuzz",
     "checks",
 )
 FOLDER = Path(__file__).parent

@@ -1,6 +1,7 @@
 """From a folder of pictures to a cache of latents."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,7 +69,7 @@ def encode(
     settings = {
         "format": FORMAT,
         "autoencoder": fingerprint(vae),
-        "pictures": f"{zlib.crc32(names.encode()):08x}",
+        "pictures": f"{zlib.crc32(os.fsencode(names)):08x}",
         "count": count,
         "size": size,
         "small": small,
@@ -82,7 +83,7 @@ def encode(
     work = Partial(out)
     if not overwrite and (info := _finished(out, settings)):
         work.tidy()
-        return info["skipped"]
+        return info.get("skipped", [])
 
     def load(row: int) -> np.ndarray | None:
         try:
@@ -119,7 +120,7 @@ def encode(
             "downsampling": vae.downsampling,
             "skipped": skipped,
         }
-        (work.folder / "files.txt").write_text(names + "\n")
+        (work.folder / "files.txt").write_bytes(os.fsencode(names + "\n"))
         replace(work.folder / "info.json", json.dumps(settings | more, indent=2) + "\n")
         work.finish_folder()
     return skipped

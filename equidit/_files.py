@@ -135,15 +135,15 @@ def read_folder(folder: Path) -> tuple[Any, Path]:
 def _read_shards(index: Path) -> Weights:
     """The weights in the safetensors files that an index names."""
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        places = json.loads(index.read_text())["weight_map"]
         files = {str(file) for file in places.values()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} is no index of shards: {brief(repr(error))}. Download it again"
         ) from error
     shards = {}
     for file in sorted(files):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
             raise ValueError(
                 f"{index} names {brief(repr(file))}, which is no safetensors file beside it"
             )
@@ -214,11 +214,9 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{name} claims {shape} at {begin} to {end}")
         if not 0 <= begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} claims {shape} at bytes {begin} to {end} of {data.size}")
-
-        def read(part=data[begin:end], dtype=dtype, shape=shape) -> np.ndarray:
-            return part.view(dtype).reshape(shape).astype(np.float32, copy=False)
-
-        yield name, Tensor(shape, read)
+        # A shape that NumPy does not have is refused here, not when it is read.
+        array = data[begin:end].view(dtype).reshape(shape)
+        yield name, Tensor(shape, lambda array=array: array.astype(np.float32, copy=False))
     if sum(end - begin for begin, end in (e["data_offsets"] for e in header.values())) > data.size:
         raise ValueError("its arrays overlap")
 

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from beartype.door import is_bearable
+
 from . import __version__
+from ._files import brief
 from ._settings import Settings
 from ._storage import replace
 from ._task import About
@@ -73,14 +76,54 @@ class Folder:
             record = json.loads(self.config.read_text())
             about = record["about"]
             about = About(tuple(about["shape"]), tuple(about["classes"]), about["autoencoder"])
-            return Settings(**record["settings"]), about
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.config} is damaged or of another version: {error}") from error
+            settings = Settings(**record["settings"])
+            _check_types(settings, about)
+            # What its model cannot be is said here, beside the file's name.
+            settings.network(about.shape[0], about.num_classes)
+            return settings, about
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.config} is damaged or of another version: {brief(str(error))}"
+            ) from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, less a last one that was cut short."""
+        """The rows of metrics.jsonl, less a last one that was cut short, and damaged ones."""
         rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
+        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
-        return rows
+        return [row for row in rows if _is_row(row)]
+
+
+def _check_types(settings: Settings, about: About) -> None:
+    """`TypeError` naming the first value that is not of its field's type."""
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        if not is_bearable(value, field.type):  # pyright: ignore[reportArgumentType]
+            raise TypeError(f"{field.name}={value!r} is of another type")
+    shape, classes = about.shape, about.classes
+    if [type(size) for size in shape] != [int] * 3 or not all(0 < n < 2**31 for n in shape):
+        raise TypeError(f"shape={shape} must be three sizes")
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"classes={classes} must be names")
+    if not isinstance(about.autoencoder, str | None):
+        raise TypeError(f"autoencoder={about.autoencoder!r} must be a fingerprint or null")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line says what a run's rows say: numbers at a step."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    if "validation_loss" in row:
+        quartiles = row.get("validation_loss_by_quartile")
+        if not isinstance(quartiles, list) or list(map(_is_number, quartiles)) != [True] * 4:
+            return False
+    loss = {"loss", "validation_loss"} & row.keys()
+    values = (v for value in row.values() for v in (value if isinstance(value, list) else [value]))
+    numbers = all(value is None or _is_number(value) for value in values)
+    return numbers and all(_is_number(row[name]) for name in loss)

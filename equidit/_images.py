@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import io
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,7 +233,9 @@ def _square(path: StrPath, size: int, small: Small) -> np.ndarray:
     with extra("train"):
         from PIL import Image, ImageOps
     try:
-        with Image.open(path) as file:
+        # From memory, where a reader that asks for what a chunk claims gets what there is.
+        content = io.BytesIO(Path(path).read_bytes())
+        with Image.open(content, formats=_formats()) as file:
             image = ImageOps.exif_transpose(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
@@ -243,7 +247,9 @@ def _square(path: StrPath, size: int, small: Small) -> np.ndarray:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"{path} cannot be read: {error}") from error
-        raise ImageError(f"{path} is no picture, or damaged: {error}", damaged=True) from error
+        raise ImageError(
+            f"{path} is no picture, or damaged: {_said(error)}", damaged=True
+        ) from error
     image = _in_colour(image, path)
     if min(image.size) < size and small == "refuse":
         raise ImageError(
@@ -254,10 +260,28 @@ def _square(path: StrPath, size: int, small: Small) -> np.ndarray:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ImageError(
+            f"{path} of {image.width}x{image.height} would become {width}x{height}, more pixels "
+            "than Pillow's limit, before the middle is cut out: remove it"
+        )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     square = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _said(error: Exception) -> str:
+    """What Pillow says, without the name of an object."""
+    return str(error).partition(" <")[0]
+
+
+def _formats() -> tuple[str, ...]:
+    """Those that are opened, whatever a file is called: of others Pillow starts programs."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NO_PICTURES)
 
 
 def _in_colour(image, path: StrPath):
@@ -271,8 +295,11 @@ def _in_colour(image, path: StrPath):
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError(f"{path} has floating-point pixels: convert it to 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{path} is damaged: {error}", damaged=True) from error

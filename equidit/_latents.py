@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
+from ._storage import mapped
 from ._types import StrPath
 
 FORMAT = 2
 SKIPPED = -1
 """The label of a picture that could not be read."""
+_INFO = {"format": int, "count": int, "classes": list, "autoencoder": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +60,26 @@ def open_latents(path: StrPath) -> LatentCache:
     try:
         info = json.loads((path / "info.json").read_text())
         version = info["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'info.json'} is damaged: {error}") from error
-    if version > FORMAT:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path / 'info.json'} is damaged: {error!r}") from error
+    if type(version) is int and version > FORMAT:
         raise ValueError(
             f"{path} is of format {version}, but this version of equidit knows {FORMAT} at most: "
             "update it"
         )
+    for name, kind in (_INFO | ({"batch_size": int} if version == 1 else {})).items():
+        value = info.get(name)
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{path / 'info.json'} is damaged: {name} is missing or wrong")
+    if not all(isinstance(name, str) for name in info["classes"]):
+        raise ValueError(f"{path / 'info.json'} is damaged: classes are not all names")
     try:
-        mean, std, label = (
-            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("mean", "std", "label")
-        )
+        mean, std, label = (mapped(path / f"{name}.npy") for name in ("mean", "std", "label"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    kinds = [(array.dtype.kind, array.ndim) for array in (mean, std, label)]
+    if kinds != [("f", 5), ("f", 5), ("i", 1)]:
+        raise ValueError(f"{path} is damaged: its arrays are of {kinds}, kinds and axes")
     if mean.shape != std.shape or mean.shape[:2] != (len(label), 2) or len(mean) != info["count"]:
         raise ValueError(
             f"{path} is damaged: mean.npy is {mean.shape}, std.npy {std.shape}, label.npy "
@@ -81,7 +90,7 @@ def open_latents(path: StrPath) -> LatentCache:
         raise ValueError(
             f"{path} has {len(wrong)} rows that were never written, row {wrong[0]} being the first"
         )
-    if version < 2 and _out_of_place(info):
+    if version == 1 and _out_of_place(info):
         raise ValueError(
             f"{path} has pictures in the rows of others, as an earlier version of equidit made it "
             f"for {info['count']} pictures and batch_size={info['batch_size']}: make it again, by "

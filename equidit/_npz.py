@@ -94,7 +94,7 @@ def _made_with(path: Path) -> bytes | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # Of what is no such archive zipfile says so in many ways.
         return None
 
 

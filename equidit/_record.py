@@ -45,8 +45,13 @@ class Record:
         if not isinstance(record, dict):
             raise Damaged("its record is damaged: it is no JSON object")
         content = {name: value for name, value in record.items() if name != "checksum"}
+        try:
+            checksum = _checksum(content)
+            list(_fields(content))
+        except RecursionError as error:
+            raise Damaged("its record is damaged: it is nested too deep") from error
         # Every format keeps this checksum, so that a newer one is told from a damaged one.
-        if record.get("checksum") != _checksum(content):
+        if record.get("checksum") != checksum:
             raise Damaged("its record is damaged: the checksum differs")
         version = content.pop("format", None)
         if not isinstance(version, int):
@@ -56,6 +61,11 @@ class Record:
                 f"it has format {version}, made by a newer equidit; this one reads up to {FORMAT}: "
                 "pip install --upgrade equidit"
             )
+        kinds = {"step": int, "data": dict, "config": dict, "arrays": dict}
+        if {name: type(value) for name, value in content.items()} != kinds or not all(
+            _describes_array(array) for array in content["arrays"].values()
+        ):
+            raise Damaged("its record is damaged: a field is missing, unknown or of another type")
         return cls(**content)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
@@ -107,6 +117,12 @@ def plain(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except TypeError as error:
         raise ValueError(f"data and config must be plain data, for JSON: {error}") from error
+
+
+def _describes_array(array: Any) -> bool:
+    """Whether it is a dtype, a shape and a fingerprint."""
+    kinds = [str, list, str]
+    return isinstance(array, list) and [type(part) for part in array] == kinds
 
 
 def _checksum(content: dict[str, Any]) -> str:

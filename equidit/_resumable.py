@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ._common import check_positive
-from ._storage import locked, replace
+from ._storage import locked, mapped, replace
 from ._types import StrPath
 
 
@@ -75,14 +75,15 @@ class Partial:
                 replace(self._settings, json.dumps(settings, indent=2) + "\n")
             self._count, self._size = count, size
             self._arrays = {n: self._load(n, shape, dtype) for n, (shape, dtype) in arrays.items()}
-            if len(self._done.read_bytes()) != groups:
+            done = self._done.read_bytes() if self._done.is_file() else b""
+            if len(done) != groups or set(done) - {0, 1}:
                 raise self._damaged("done")
             yield
             del self._arrays
 
     def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         try:
-            array: Any = np.load(self.array_path(name), mmap_mode="r+")
+            array = mapped(self.array_path(name), "r+")
         except (ValueError, OSError) as error:
             raise self._damaged(f"{name}.npy", f": {error}") from error
         if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
@@ -103,8 +104,10 @@ class Partial:
         saved = None
         if self._settings.exists():
             try:
-                saved = dict(json.loads(self._settings.read_text()))
-            except (ValueError, TypeError, RecursionError) as error:
+                saved = json.loads(self._settings.read_text())
+                if not isinstance(saved, dict):
+                    raise ValueError("it is no JSON object")
+            except (ValueError, RecursionError) as error:
                 raise self._damaged("settings.json", f": {error}") from error
             now = json.loads(json.dumps(settings))
             differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]

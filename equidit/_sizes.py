@@ -221,6 +221,8 @@ def autoencoder_sizes(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     groups = positive(theirs, "norm_num_groups", path)
+    if any(width % groups for width in widths):
+        raise ValueError(f"{path}: norm_num_groups={groups} must divide all of {widths}")
     theirs = {"norm_num_groups": groups, "block_out_channels": tuple(widths)}
     return found | factors | theirs | {"latents_mean": mean, "latents_std": std}
 
@@ -244,6 +246,6 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Any) -> Non
 
 def positive(config: dict[str, Any], name: str, path: Any) -> int:
     value = config[name]
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < 2**31:
         raise ValueError(f"{path}: {name}={brief(repr(value))} must be a positive whole number")
     return value

@@ -1,10 +1,14 @@
 """Files that are whole or absent, and folders that one process at a time works in."""
 
 import contextlib
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
+
+import numpy as np
 
 from ._types import StrPath
 
@@ -28,6 +32,35 @@ def replacing(path: StrPath) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][fiu]\d)', 'fortran_order': False, "
+    rb"'shape': \(((?:\d{1,18}(?:, |,|(?=\))))*)\), \} *\n",
+    re.DOTALL,
+)
+
+
+def mapped(path: StrPath, mode: Literal["r", "r+"] = "r") -> np.memmap:
+    """A .npy file of numbers, mapped into memory: `ValueError` if it is no such file, or not whole.
+
+    `numpy.load` evaluates the header, allocates what that says, and with "r+" fills up what a
+    truncated file lacks.
+    """
+    with open(path, "rb") as file:
+        header = file.read(2**16 + 10)
+    match = _HEADER.match(header)
+    if match is None or match.end() != 10 + int.from_bytes(header[8:10], "little"):
+        raise ValueError(f"{path} is damaged: it has not the header of an array of numbers")
+    try:
+        dtype = np.dtype(match[1].decode())
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    shape = tuple(map(int, re.findall(rb"\d+", match[2])))
+    size, expected = os.stat(path).st_size, match.end() + math.prod(shape) * dtype.itemsize
+    if size != expected or len(shape) > 32 or 0 in shape:
+        raise ValueError(f"{path} is damaged: {dtype}{list(shape)} in {size} bytes")
+    return np.memmap(path, dtype, mode, match.end(), shape)
 
 
 def append(path: StrPath, text: str) -> None:
