@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -275,12 +276,13 @@ def test_sample_refuses_what_does_not_fit():
         dfn.sample(partial(dfn.ddim_step, network, full), short, x, LABEL, key=KEY)
     plain, with_x0 = (partial(dfn.ddim_step, network, short, with_x0=w) for w in (False, True))
     pair = (x, x)
-    for step, start, options, words in (
+    wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
         (with_x0, x, {}, "has_aux=False, but the step returned .*pass has_aux=True"),
         (plain, x, {"has_aux": True}, "has_aux=True, but the step returned .*pass has_aux=False"),
         (_remembering, pair, {"has_aux": True}, "has_aux=True, but the step returned"),
         (lambda x, *_, key: {"x": x}, x, {}, "a step returns the next x"),
-    ):
+    ]
+    for step, start, options, words in wrong:
         with pytest.raises(ValueError, match=words):
             dfn.sample(step, short, start, LABEL, key=KEY, **options)
 
