@@ -141,10 +141,17 @@ def check_alive(tree: PyTree, what: str) -> None:
             )
 
 
-def check_state(state: PyTree) -> None:
-    """[`check_alive`][], at every step."""
-    if any(map(_is_gone, jax.tree.leaves(state))):
+def usable(state: Any) -> Any:
+    """The state, with arrays that it holds twice copied; `ValueError` if it was used before."""
+    # At every step: no function is called for each leaf, since calls are checked.
+    arrays = [
+        leaf
+        for leaf in jax.tree.leaves(state)
+        if not isinstance(leaf, Tracer) and hasattr(leaf, "is_deleted")
+    ]
+    if any(leaf.is_deleted() for leaf in arrays):
         check_alive(state, "the state")
+    return state if len(set(map(id, arrays))) == len(arrays) else unshared(state)
 
 
 def _is_gone(leaf: Any) -> bool:

@@ -27,10 +27,10 @@ from ._handover import (
     check_batch,
     check_dtype,
     check_network,
-    check_state,
     reported,
     unshared,
     updates_of,
+    usable,
 )
 from ._sharding import (
     assemble,
@@ -302,10 +302,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, Metrics]:
         check_batch(batch, devices, accumulate)
-        check_state(state)
         if isinstance(ema_decay, Mapping):
             check_averages(state.ema, ema_decay)
-        state = unshared(state)
+        state = usable(state)
         if mesh is not None:
             # Already there, but for the first step: without it that would compile by itself.
             state = _placed(jax.device_put, state, mesh, sharding)

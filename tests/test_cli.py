@@ -317,3 +317,12 @@ def test_the_hint_names_labels_that_there_are(classes, example):
     assert cli._example(classes) == example
     numbers = cli._numbers(example.split(","), classes)
     assert all(0 <= number < len(classes) for number in numbers)
+
+
+def test_a_divided_state_on_one_device(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_run, "data_mesh", lambda: None)
+    for mode in ("zero1", "fsdp"):
+        words = ("digits", "--out", tmp_path / "run", "--sharding", mode, *SMALL)
+        message = error_of(capsys, "train", *words)
+        assert f"sharding='{mode}' divides" in message
+        assert "--sharding replicated" in message

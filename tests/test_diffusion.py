@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -273,11 +274,41 @@ def test_sample_refuses_what_does_not_fit():
     x, network = images(1)[0], tiny()
     with pytest.raises(ValueError, match="a schedule of 1000 steps, but schedule has 2"):
         dfn.sample(partial(dfn.ddim_step, network, full), short, x, LABEL, key=KEY)
-    with_x0 = partial(dfn.ddim_step, network, short, with_x0=True)
-    with pytest.raises(ValueError, match="has_aux=False, but the step returned a tuple"):
-        dfn.sample(with_x0, short, x, LABEL, key=KEY)
-    with pytest.raises(ValueError, match="has_aux=True, but the step returned"):
-        dfn.sample(partial(dfn.ddim_step, network, short), short, x, LABEL, key=KEY, has_aux=True)
+    plain, with_x0 = (partial(dfn.ddim_step, network, short, with_x0=w) for w in (False, True))
+    pair = (x, x)
+    wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (with_x0, x, {}, "has_aux=False, but the step returned .*pass has_aux=True"),
+        (plain, x, {"has_aux": True}, "has_aux=True, but the step returned .*pass has_aux=False"),
+        (_remembering, pair, {"has_aux": True}, "has_aux=True, but the step returned"),
+        (lambda x, *_, key: {"x": x}, x, {}, "a step returns the next x"),
+    ]
+    for step, start, options, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            dfn.sample(step, short, start, LABEL, key=KEY, **options)
+
+
+def _remembering(state, t, cond, *, key):
+    x, previous = state
+    return x + previous + jnp.float32(t), x
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_a_state_may_be_a_pair(ascending):
+    schedule = dfn.Schedule(dfn.linear_betas(), (0, 1, 2))
+    run = partial(dfn.sample, schedule=schedule, cond=None, key=KEY, ascending=ascending)
+    state, states = (jnp.ones(()), jnp.zeros(())), []
+    for t in range(3) if ascending else reversed(range(3)):
+        state = _remembering(state, float(t), None, key=KEY)
+        states.append(state)
+    start = (jnp.ones(()), jnp.zeros(()))
+    assert run(_remembering, noise=start) == state
+    end, found = run(_remembering, noise=start, trajectory=True)
+    assert end == state
+    assert tree_allclose(found, tuple(map(jnp.stack, zip(*states, strict=True))))
+    collecting = lambda *args, key: (_remembering(*args, key=key), args[1])  # noqa: E731
+    end, times = run(collecting, noise=start, has_aux=True)
+    assert end == state
+    assert times.tolist() == ([0, 1, 2] if ascending else [2, 1, 0])
 
 
 def test_progress_is_reported_from_within_jit():
