@@ -230,7 +230,7 @@ def test_of_several_networks_one_is_selected(files, tmp_path, capsys):
     assert "select='a' is no network" in error_of(capsys, *options, "--select", "a")
     pictures = []
     for name, weights in (("model.", path), ("ema.", path), ("", files[1])):
-        out = tmp_path / f"{name}png"
+        out = tmp_path / f"of-{name}.png"
         selected = ("--select", name) if name else ()
         assert run(*options, "--weights", weights, *selected, "--out", out) == 0
         pictures.append(matplotlib.image.imread(out))
