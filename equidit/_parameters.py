@@ -145,7 +145,7 @@ def muon(
     learning_rate: Scalar | Callable[[Any], Any],
     *,
     consistent_rms: Scalar | None = 0.2,
-    kinds: PyTree = parameter_kinds,
+    kinds: PyTree = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """Muon for the hidden matrices of a network, each layer and each part by itself; AdamW for all
@@ -159,7 +159,8 @@ def muon(
     - `consistent_rms`: root mean square of Muon's updates before the learning rate. With 0.2 they
         are as large as Adam's usually are, so that Adam's learning rate serves both. `None` scales
         by the square root of rows over columns, where above 1.
-    - `kinds`: [`equidit.parameter_kinds`][], another such function, or what it returned.
+    - `kinds`: what [`equidit.parameter_kinds`][] returned, or a function like it; `None` is that
+        one.
     - `options`: other arguments of `optax.contrib.muon`. Its `weight_decay` is of the hidden
         matrices alone; all else is not decayed unless by `adam_weight_decay`.
 
@@ -178,7 +179,7 @@ def muon(
     fixed = any(isinstance(leaf, ParameterKind) for leaf in jax.tree.leaves(kinds))
 
     def labels_of(tree: PyTree) -> PyTree:
-        return kinds if fixed else kinds(tree)
+        return kinds if fixed else (kinds or parameter_kinds)(tree)
 
     def inner(labels: PyTree) -> optax.GradientTransformation:
         # Weights have the shape (out, in); all axes before these are batched over.
