@@ -147,7 +147,7 @@ def muon(
     consistent_rms: Scalar | None = 0.2,
     kinds: PyTree = None,
     **options: Any,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices of a network, each layer and each part by itself; AdamW for all
     else.
 
@@ -181,28 +181,31 @@ def muon(
     def labels_of(tree: PyTree) -> PyTree:
         return kinds if fixed else (kinds or parameter_kinds)(tree)
 
-    def inner(labels: PyTree) -> optax.GradientTransformation:
+    def inner(labels: PyTree) -> optax.GradientTransformationExtraArgs:
         # Weights have the shape (out, in); all axes before these are batched over.
         axes = contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
         numbers = jax.tree.map(lambda label: axes if label.kind == "hidden" else None, labels)
-        return contrib.muon(
+        one = contrib.muon(
             rate,
             consistent_rms=consistent_rms,
             muon_weight_dimension_numbers=lambda _: numbers,
             **options,
         )
+        return optax.with_extra_args_support(one)
 
     def init(params: PyTree) -> PyTree:
         labels = labels_of(params)
         return inner(labels).init(_split(labels, params))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         labels = labels_of(updates)
         parts = None if params is None else _split(labels, params)
-        found, state = inner(labels).update(_split(labels, updates), state, parts)
+        found, state = inner(labels).update(_split(labels, updates), state, parts, **extra)
         return jax.tree.map(lambda a, b: a.reshape(b.shape), found, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _split(labels: PyTree, tree: PyTree) -> PyTree:
