@@ -304,7 +304,8 @@ def test_muon_in_the_training_step():
 
 def test_muon_with_traced_hyperparameters():
     fixed = run(edt.muon(1e-2), steps=2)[0]
-    injected = run(optax.inject_hyperparams(edt.muon)(learning_rate=1e-2), steps=2)[0]
+    inject = optax.inject_hyperparams(lambda learning_rate: edt.muon(learning_rate))
+    injected = run(inject(learning_rate=1e-2), steps=2)[0]
     assert difference(fixed.network, injected.network) < 1e-5
 
 
