@@ -91,7 +91,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains what is not there yet, prints a table and writes the JSON after every run."""
+    """Trains what is not there yet, writes the JSON after every run, and at the end a table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.optimizers",
         description=__doc__,
@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = sorted([*rows, row], key=order)
                 write("optimizers", {"results": rows}, options.results)
                 print(f"seed {seed}, {name}: {row['validation_loss']:.4f}", flush=True)
+    path.with_suffix(".md").write_text(table(rows))
     print(table(rows) + str(path))
 
 

@@ -145,9 +145,9 @@ def muon(
     learning_rate: Scalar | Callable[[Any], Any],
     *,
     consistent_rms: Scalar | None = 0.2,
-    kinds: PyTree = parameter_kinds,
+    kinds: PyTree = None,
     **options: Any,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices of a network, each layer and each part by itself; AdamW for all
     else.
 
@@ -159,7 +159,8 @@ def muon(
     - `consistent_rms`: root mean square of Muon's updates before the learning rate. With 0.2 they
         are as large as Adam's usually are, so that Adam's learning rate serves both. `None` scales
         by the square root of rows over columns, where above 1.
-    - `kinds`: [`equidit.parameter_kinds`][], another such function, or what it returned.
+    - `kinds`: what [`equidit.parameter_kinds`][] returned, or a function like it; `None` is that
+        one.
     - `options`: other arguments of `optax.contrib.muon`. Its `weight_decay` is of the hidden
         matrices alone; all else is not decayed unless by `adam_weight_decay`.
 
@@ -178,30 +179,33 @@ def muon(
     fixed = any(isinstance(leaf, ParameterKind) for leaf in jax.tree.leaves(kinds))
 
     def labels_of(tree: PyTree) -> PyTree:
-        return kinds if fixed else kinds(tree)
+        return kinds if fixed else (kinds or parameter_kinds)(tree)
 
-    def inner(labels: PyTree) -> optax.GradientTransformation:
+    def inner(labels: PyTree) -> optax.GradientTransformationExtraArgs:
         # Weights have the shape (out, in); all axes before these are batched over.
         axes = contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
         numbers = jax.tree.map(lambda label: axes if label.kind == "hidden" else None, labels)
-        return contrib.muon(
+        one = contrib.muon(
             rate,
             consistent_rms=consistent_rms,
             muon_weight_dimension_numbers=lambda _: numbers,
             **options,
         )
+        return optax.with_extra_args_support(one)
 
     def init(params: PyTree) -> PyTree:
         labels = labels_of(params)
         return inner(labels).init(_split(labels, params))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         labels = labels_of(updates)
         parts = None if params is None else _split(labels, params)
-        found, state = inner(labels).update(_split(labels, updates), state, parts)
+        found, state = inner(labels).update(_split(labels, updates), state, parts, **extra)
         return jax.tree.map(lambda a, b: a.reshape(b.shape), found, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _split(labels: PyTree, tree: PyTree) -> PyTree:
