@@ -67,6 +67,21 @@ def _bare(name: str) -> str:
     return "".join(filter(str.isalnum, str(name).casefold()))
 
 
+def check_channels(name: str, x: Array, channels: int, owner: str) -> None:
+    """`ValueError` unless the image has so many channels, first."""
+    if x.shape[0] != channels:
+        last = x.shape[2] == channels
+        raise ValueError(
+            f"{name} has {x.shape[0]} channels, but {owner}{channels}"
+            + (
+                f": channels come first, so if they are last in its shape {x.shape}, pass "
+                f"jnp.transpose({name}, (2, 0, 1))"
+                if last
+                else ""
+            )
+        )
+
+
 class Module(eqx.Module):
     """An Equinox module of the library's, which says how it goes through `jax.jit`."""
 
@@ -74,11 +89,11 @@ class Module(eqx.Module):
         try:
             return super().__hash__()
         except TypeError:
-            kind = type(self).__name__
             raise TypeError(
-                f"a {kind} holds arrays and so has no hash, which jax.jit and jax.checkpoint ask "
-                "of what they wrap: write eqx.filter_jit(module) for jax.jit(module), or pass the "
-                "module as an argument: jax.jit(lambda module, *args: module(*args))"
+                f"{type(self).__name__} holds arrays and so has no hash, which jax.jit and "
+                "jax.checkpoint ask of what they wrap: write eqx.filter_jit(module) for "
+                "jax.jit(module), or pass the module as an argument: "
+                "jax.jit(lambda module, *args: module(*args))"
             ) from None
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -95,7 +96,7 @@ class LabelEmbedder(Module):
         )
 
 
-def _check_label(label: Array, null: int) -> None:
+def _check_label(label: Any, null: int) -> None:
     while isinstance(label, Tracer):
         if not hasattr(label, "batch_dim"):
             return

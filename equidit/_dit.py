@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._blocks import AdaLNZeroBlock, tokens_of
-from ._common import Module, check_positive
+from ._common import Module, check_channels, check_positive
 from ._conditioning import LabelConditioner, TimestepConditioner
 from ._layers import FinalLayer, Linear
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
@@ -138,10 +138,11 @@ class DiT(Module):
 
         **Raises:**
 
-        `ValueError` for other channels than the network's, and for a height or width that the patch
-        size does not divide.
+        `ValueError` for other channels than the network's, for a height or width that the patch
+        size does not divide, and for a label outside the table whose value is known (under
+        `jax.jit` it gives NaN instead).
         """
-        self._check_channels(x)
+        check_channels("x", x, self.in_channels, "the network has in_channels=")
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens, conditioning = self.embed(x, t, cond)
         tokens = self.blocks(tokens, conditioning)[: grid[0] * grid[1]]
@@ -162,7 +163,7 @@ class DiT(Module):
 
         The tokens and the [`equidit.Conditioning`][] for the blocks.
         """
-        self._check_channels(x)
+        check_channels("x", x, self.in_channels, "the network has in_channels=")
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         dtype = self.patch_embed.parameters()[0].dtype
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
@@ -186,16 +187,3 @@ class DiT(Module):
         if conditioning.positions is None:
             conditioning = dataclasses.replace(conditioning, positions=positions)
         return tokens, conditioning
-
-    def _check_channels(self, x: Array) -> None:
-        if x.shape[0] != self.in_channels:
-            last = x.shape[2] == self.in_channels
-            raise ValueError(
-                f"x has {x.shape[0]} channels, the network in_channels={self.in_channels}"
-                + (
-                    f": of its shape {x.shape}, channels are the first axis, so if they are the "
-                    "last of yours, pass jnp.transpose(x, (2, 0, 1))"
-                    if last
-                    else ""
-                )
-            )

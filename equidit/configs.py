@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ._blocks import (
     AdaLNBlock,
@@ -17,10 +19,11 @@ from ._blocks import (
 )
 from ._common import check_choice, check_positive, choose_from
 from ._conditioning import TextConditioner
+from ._counting import count_macs
 from ._dit import DiT
 from ._layers import FinalLayer, PlainFinalLayer, hidden_size
 from ._ops import grid_of
-from ._types import Number, PRNGKey
+from ._types import Network, Number, PRNGKey
 
 
 class _Design(NamedTuple):
@@ -153,41 +156,79 @@ def build(name_or_config: str | Config, *, key: PRNGKey, **overrides: Any) -> Di
     )
 
 
-def num_params(config: str | Config) -> int:
+def num_params(config: str | Config | PyTree) -> int:
     """The number of trainable parameters. Nothing is allocated.
 
     **Arguments:**
 
-    - `config`: a name in [`equidit.CONFIGS`][] or a [`equidit.Config`][].
+    - `config`: a name in [`equidit.CONFIGS`][], a [`equidit.Config`][], or a network: any pytree,
+        of arrays or of their shapes.
 
     **Returns:**
 
-    The sum of the sizes of all weights.
+    The sum of the sizes of all floating-point arrays; of a guided network, its scale among them.
+
+    **Raises:**
+
+    `ValueError` for an unknown name, and for what has no floating-point arrays.
     """
-    network = eqx.filter_eval_shape(build, config, key=jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(eqx.filter(network, _is_shape)))
+    if isinstance(config, str | Config):
+        config = eqx.filter_eval_shape(build, config, key=jax.random.key(0))
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(config) if _is_parameter(leaf)]
+    if not sizes:
+        raise ValueError(
+            f"config of type {type(config).__name__} has no floating-point arrays: pass a name, a "
+            "Config or a network"
+        )
+    return sum(sizes)
 
 
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
+def _is_parameter(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def num_macs(config: str | Config, height: int = 32, width: int = 32) -> int:
+def num_macs(
+    config: str | Config | Network, height: int = 32, width: int = 32, cond: PyTree = None
+) -> int:
     """Multiply-adds of one forward pass of one example: what the paper prints as "Gflops".
 
-    The sum of [`equidit.macs_by_part`][]. A FLOP count as hardware vendors state it is twice this.
+    The sum of [`equidit.macs_by_part`][], or for a network what [`equidit.count_macs`][] finds in
+    its program. A FLOP count as hardware vendors state it is twice this.
 
-    **Arguments:** those of [`equidit.macs_by_part`][].
+    **Arguments:**
+
+    - `config`: a name in [`equidit.CONFIGS`][], a [`equidit.Config`][] or a [`equidit.DiT`][], of
+        arrays or of their shapes, also under [`equidit.guide`][].
+    - `height`, `width`: of the network's input; 32 for the paper's 256x256 images.
+    - `cond`: what a network's own conditioner takes, as arrays or shapes; by default its `null`.
 
     **Returns:**
 
     The number of multiply-adds; of DiT-XL/2 on 32x32 latents 118.6 * 10**9.
 
+    **Raises:**
+
+    `ValueError` for an unknown name, for a height or width that the patch size does not divide, and
+    for a network that does not say its `in_channels`.
+
     ??? cite
 
         Tables 1 and 4 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
-    return sum(macs_by_part(config, height, width).values())
+    if isinstance(config, str | Config):
+        return sum(macs_by_part(config, height, width).values())
+    inner: Any = config
+    while hasattr(inner, "network"):
+        inner = inner.network
+    if not hasattr(inner, "in_channels"):
+        raise ValueError(
+            f"{type(inner).__name__} has no in_channels: count its program by "
+            "count_macs(network, x, t, cond)"
+        )
+    if cond is None:
+        cond = getattr(getattr(inner, "conditioner", None), "null", None)
+    x = jax.ShapeDtypeStruct((inner.in_channels, height, width), jnp.float32)
+    return count_macs(config, x, jax.ShapeDtypeStruct((), jnp.float32), cond)
 
 
 def macs_by_part(config: str | Config, height: int = 32, width: int = 32) -> dict[str, int]:

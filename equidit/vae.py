@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import Module, check_positive, check_statistics, upcast
+from ._common import Module, check_channels, check_positive, check_statistics, upcast
 from ._layers import Attention
 from ._types import Number, PRNGKey
 
@@ -247,10 +247,7 @@ def _optional(layer: Any, x: Array) -> Array:
 
 
 def _check_channels(name: str, x: Array, conv: "_Conv") -> None:
-    if x.shape[0] != conv.weight.shape[1]:
-        raise ValueError(
-            f"{name} has {x.shape[0]} channels, but the autoencoder takes {conv.weight.shape[1]}"
-        )
+    check_channels(name, x, conv.weight.shape[1], "the autoencoder takes ")
 
 
 class _Conv(eqx.Module):

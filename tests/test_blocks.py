@@ -287,6 +287,29 @@ def test_stack_takes_any_module():
     assert tree_allclose(layers(TOKENS[0], COND), x, 1e-5)
 
 
+@every_block
+def test_a_stack_is_a_sequence_of_its_blocks(make):
+    layers = edt.Stack(partial(make, DIM, 4), 3, key=jax.random.key(0))
+    blocks = layers.unstack()
+    assert len(layers) == len(blocks) == 3
+    for found, expected in (
+        (list(layers), blocks),
+        ([layers[0], layers[np.int64(1)], layers[jnp.asarray(2)]], blocks),
+        ([layers[-3], layers[-2], layers[-1]], blocks),
+        (layers[1:], blocks[1:]),
+        (layers[::-2], blocks[::-2]),
+        (layers[5:], []),
+    ):
+        assert tree_allclose(found, expected) if expected else found == []
+    x = TOKENS[0]
+    for block in layers:
+        x = block(x, COND)
+    assert tree_allclose(layers(TOKENS[0], COND), x, 1e-5)
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"block {index} of a stack of depth=3"):
+            layers[index]
+
+
 def test_stack_takes_modules_without_arrays():
     class Twice(eqx.Module):
         def __init__(self, *, key):

@@ -8,8 +8,10 @@ import pytest
 from helpers import PAPER, PAPER_BLOCKS, images
 
 import equidit as edt
+from equidit import diffusion as dfn
 
 T = jax.ShapeDtypeStruct((), jnp.int32)
+SCHEDULE, X = dfn.Schedule(dfn.linear_betas()), images(1)[0]
 
 
 def shape(*sizes):
@@ -77,6 +79,47 @@ def test_the_program_has_the_stated_cost_with_prompts(block, length):
     assert sum(leaf.size for leaf in jax.tree.leaves(real)) == edt.num_params(config)
 
 
+CONDITIONINGS: dict[str, dict[str, Any]] = {
+    "label": {"num_classes": 5},
+    "none": {"num_classes": None},
+    "text": {"num_classes": None, "text_dim": 12, "text_length": 7},
+}
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("block", [*PAPER_BLOCKS, "text-cross-attention"])
+def test_size_and_cost_of_a_network_are_those_of_its_config(block, conditioning):
+    config = edt.Config(2, 16, 3, 2, 3, block=block, **CONDITIONINGS[conditioning])
+    network = edt.build(config, key=jax.random.key(0))
+    shapes = eqx.filter_eval_shape(lambda: network)
+    for given in (network, shapes, edt.cast(network, jnp.bfloat16)):
+        assert edt.num_params(given) == edt.num_params(config)
+        assert edt.num_macs(given, 6, 10) == edt.num_macs(config, 6, 10)
+        assert edt.num_macs(given) == edt.num_macs(config)
+    guided = edt.guide(network, 2.0, getattr(network.conditioner, "null", None))
+    assert edt.num_macs(guided, 6, 10) == 2 * edt.num_macs(config, 6, 10)
+
+
+def test_size_and_cost_of_networks_of_your_own():
+    class Half(eqx.Module):
+        weight: jax.Array
+        calls: jax.Array
+        name: str
+
+        def __call__(self, t, cond):
+            return edt.Conditioning(self.weight @ cond * t)
+
+    half = Half(jnp.ones((16, 6)), jnp.arange(3), "half")
+    network = edt.DiT(3, 2, 16, 1, 2, None, conditioner=half, key=jax.random.key(0))
+    plain = edt.Config(2, 16, 1, 2, 3, num_classes=None)
+    timestep = 256 * 16 + 16 * 16
+    assert edt.num_params(half) == 16 * 6
+    assert edt.num_params(network) == edt.num_params(plain) - timestep - 2 * 16 + 16 * 6
+    macs = edt.num_macs(network, 4, 6, cond=shape(6))
+    assert macs == edt.num_macs(plain, 4, 6) - timestep + 16 * 6
+    assert edt.num_macs(edt.guide(network, 2.0, jnp.zeros(6)), 4, 6, jnp.ones(6)) == 2 * macs
+
+
 @pytest.mark.parametrize("block", PAPER_BLOCKS)
 def test_unconditional_cost(block):
     config = edt.Config(2, 32, 2, 4, num_classes=None, block=block)
@@ -130,6 +173,13 @@ def test_build_overrides():
     [
         (lambda k: edt.build("DiT-M/2", key=k), ValueError, ["DiT-M/2", "DiT-S/8", "DiT-XL/2"]),
         (lambda k: edt.num_params("XL"), ValueError, ["XL", "DiT-B/4"]),
+        (lambda k: edt.num_params(3), ValueError, ["int", "no floating-point arrays"]),
+        (lambda k: edt.num_macs(lambda x, t, cond: x), ValueError, ["in_channels", "count_macs"]),
+        (
+            lambda k: edt.num_macs(edt.build("DiT-S/2", key=k, depth=1), 33, 32),
+            ValueError,
+            ["height=33", "patch_size=2"],
+        ),
         (lambda k: edt.num_macs("DiT-S/2", 33, 32), ValueError, ["height=33", "patch_size=2"]),
         (lambda k: edt.build("DiT-S/2", key=k, width=3), TypeError, ["'width'", "hidden_size"]),
         (
@@ -145,6 +195,64 @@ def test_bad_input(call, error, words):
     with pytest.raises(error) as caught:
         call(jax.random.key(0))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+SAME = {"adaln_zero": "adaln-zero", "AdaLN": "adaln", "Cross Attention": "cross-attention"}
+NEAR: dict[str, tuple[Any, dict[str, str]]] = {
+    "config": (
+        lambda name: edt.build(name, key=jax.random.key(0)),
+        {name.removeprefix("DiT-"): name for name in edt.CONFIGS}
+        | {name.lower(): name for name in edt.CONFIGS}
+        | {name.replace("/", "-"): name for name in edt.CONFIGS},
+    ),
+    "cost": (edt.num_macs, {"XL/2": "DiT-XL/2", "DiT_B_4": "DiT-B/4"}),
+    "block": (lambda name: edt.Config(2, 16, 1, 2, block=name), SAME | {"context": "in-context"}),
+    "remat": (
+        lambda name: edt.build("DiT-S/8", key=jax.random.key(0), remat=name),
+        {"Full": "full", "dot": "dots", "None": "none"},
+    ),
+    "spacing": (
+        lambda name: dfn.space_timesteps(1000, 10, name),
+        {"trail": "trailing", "lin_space": "linspace", "Leading": "leading"},
+    ),
+    "prediction": (
+        lambda name: dfn.x0_and_eps(SCHEDULE, X, 3, X, name),
+        {"epsilon": "eps", "V": "v", "x_0": "x0"},
+    ),
+    "variance": (
+        lambda name: dfn.ddpm_step(
+            lambda x, t, cond: x, SCHEDULE, X, 3, None, key=jax.random.key(0), variance=name
+        ),
+        {"learn": "learned", "Small": "small", "larger": "large"},
+    ),
+    "arithmetic": (
+        lambda name: edt.pretrained._skeleton(name, edt.CONFIGS["DiT-S/8"]),
+        {"diffuser": "diffusers"},
+    ),
+}
+
+
+@pytest.mark.parametrize("table", NEAR)
+def test_a_name_that_is_nearly_right_is_told_the_right_one(table):
+    call, names = NEAR[table]
+    for name, right in names.items():
+        with pytest.raises(ValueError, match=r"unknown: did you mean .*\? Choose from") as caught:
+            call(name)
+        assert f"did you mean {right!r}? Choose" in str(caught.value)
+
+
+def test_several_names_that_are_near_and_none():
+    for name, words in {
+        "XL": "did you mean 'DiT-XL/8' or 'DiT-XL/4' or 'DiT-XL/2'? Choose from DiT-S/8",
+        "DiT": "unknown: choose from DiT-S/8",
+        "resnet": "unknown: choose from DiT-S/8",
+        "": "unknown: choose from DiT-S/8",
+    }.items():
+        with pytest.raises(ValueError, match="is unknown") as caught:
+            edt.num_params(name)
+        assert words in str(caught.value)
+    with pytest.raises(TypeError, match=r"'hidden_dim': did you mean 'hidden_size'\? Choose"):
+        edt.build("DiT-S/8", key=jax.random.key(0), hidden_dim=3)
 
 
 def test_configs_are_frozen():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import TypeCheckError
 import equidit as edt
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-T, LABEL = jnp.asarray(500), jnp.asarray(3)
+T, LABEL, KEY = jnp.asarray(500), jnp.asarray(3), jax.random.key(0)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 10), (4, 12, 6), (2, 2, 2)])
@@ -73,6 +75,62 @@ def test_vmap_equals_loop_and_jit_equals_eager():
     batched = jax.jit(lambda n, *args: jax.vmap(n)(*args))(network, x, t, label)
     loop = jnp.stack([network(*args) for args in zip(x, t, label, strict=True)])
     assert tree_allclose(batched, loop, 1e-5)
+
+
+WRAPPED = {
+    "network": lambda: tiny(),
+    "guided": lambda: edt.guide(tiny(), 2.0, 10),
+    "unconditional": lambda: tiny(num_classes=None),
+    "low precision": lambda: edt.cast(tiny(), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_how_a_network_goes_through_jit(name):
+    network, x = WRAPPED[name](), images(2)
+    label = None if name == "unconditional" else LABEL
+    expected = network(x[0], T, label)
+    tolerance = 0.05 if name == "low precision" else 1e-5
+    same = partial(tree_allclose, expected, tolerance=tolerance)
+    assert same(eqx.filter_jit(network)(x[0], T, label))
+    assert same(jax.jit(lambda n, *args: n(*args))(network, x[0], T, label))
+    assert same(jax.jit(lambda n, x: jax.vmap(n, (0, None, None))(x, T, label))(network, x)[0])
+    assert same(jax.vmap(network, (0, None, None))(x, T, label)[0])
+    assert same(eqx.filter_vmap(network, in_axes=(0, None, None))(x, T, label)[0])
+    assert same(eqx.filter_checkpoint(network)(x[0], T, label))
+    assert jax.eval_shape(network, x[0], T, label).shape == expected.shape
+    for wrap in (jax.jit, jax.checkpoint):
+        with pytest.raises(TypeError, match=r"holds arrays .* write eqx\.filter_jit\(module\)"):
+            wrap(network)(x[0], T, label)
+
+
+def test_every_module_says_how_it_goes_through_jit():
+    network = tiny()
+    modules = {
+        "DiT": network,
+        "BoundMethod": network.embed,
+        "Stack": network.blocks,
+        "AdaLNZeroBlock": network.blocks[0],
+        "LabelConditioner": network.conditioner,
+        "FinalLayer": network.final,
+        "Autoencoder": edt.Autoencoder(1, 1, 2, (4,), 1, 2, key=KEY),
+    }
+    for name, module in modules.items():
+        words = "DiT" if name == "BoundMethod" else name
+        with pytest.raises(TypeError, match=f"{words} holds arrays and so has no hash"):
+            hash(module)
+    # Shapes have a hash, and so have networks of them.
+    shapes = [eqx.filter_eval_shape(edt.DiT, 1, 2, 8, 1, 2, 3, key=KEY) for _ in range(2)]
+    assert hash(shapes[0]) == hash(shapes[1])
+
+
+def test_number_of_classes():
+    assert tiny().num_classes == 10
+    assert tiny(num_classes=1).num_classes == 1
+    assert tiny(num_classes=None).num_classes is None
+    text = edt.TextConditioner(8, 32, key=KEY)
+    assert tiny(num_classes=None, conditioner=text).num_classes is None
+    assert tiny(num_classes=None, conditioner=narrow).num_classes is None
 
 
 def test_zero_at_initialisation():
@@ -146,6 +204,20 @@ def narrow(t, cond):
     [
         (lambda: tiny()(images(1, (1, 9, 8))[0], T, LABEL), ["height=9", "patch_size=2"]),
         (lambda: tiny()(images(1, (4, 8, 8))[0], T, LABEL), ["4 channels", "in_channels=1"]),
+        *(
+            (partial(call, images(1, (6, 8, 3))[0]), ["x has 6 channels", "x, (2, 0, 1)"])
+            for call in (
+                lambda x: tiny(in_channels=3)(x, T, LABEL),
+                lambda x: tiny(in_channels=3).embed(x, T, LABEL),
+                lambda x: jax.jit(lambda x: tiny(in_channels=3)(x, T, LABEL))(x),
+                lambda x: jax.vmap(tiny(in_channels=3), (0, None, None))(x[None], T, LABEL),
+                lambda x: edt.guide(tiny(in_channels=3), 2.0, 10)(x, T, LABEL),
+                lambda x: edt.Autoencoder(3, 3, 4, (4,), 1, 2, key=KEY).encode(x),
+            )
+        ),
+        (lambda: tiny(in_channels=3)(images(1, (4, 9, 7))[0], T, LABEL), ["x has 4 channels"]),
+        (lambda: tiny()(images(1)[0], T, jnp.asarray(99)), ["label=99", "10 classes", "0 to 9"]),
+        (lambda: edt.guide(tiny(), 2.0, 11)(images(1)[0], T, LABEL), ["label=11"]),
         (lambda: tiny(num_heads=5), ["dim=32", "num_heads=5"]),
         (lambda: tiny(hidden_size=30, num_heads=5), ["hidden_size=30", "multiple of 4"]),
         (lambda: tiny(depth=0), ["depth=0"]),

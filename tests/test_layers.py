@@ -1,8 +1,10 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_fields, images, randomize, tree_allclose
+from helpers import check_fields, images, randomize, tiny, tree_allclose
 
 import equidit as edt
 
@@ -59,13 +61,89 @@ def test_mlp_is_tanh_gelu():
     np.testing.assert_allclose(layer(x), expected, rtol=0, atol=1e-6)
 
 
-def test_label_out_of_range_is_nan_and_never_another_class():
+def test_label_out_of_range_is_an_error_or_nan_and_never_another_class():
     embedder = edt.LabelEmbedder(10, 8, key=jax.random.key(0))
     assert embedder.null == 10
     for label in range(11):
         assert tree_allclose(embedder(jnp.asarray(label)), embedder.table[label])
-    for label in (-1, 11, 1000):
-        assert np.isnan(embedder(jnp.asarray(label))).all()
+    for label in (-1, 11, 99, 1000):
+        words = f"label={label} is unknown to a network of 10 classes"
+        given: Any = np.int64(label)
+        known = [
+            lambda: embedder(given),  # noqa: B023
+            lambda: jax.vmap(embedder)(jnp.asarray([3, label])),  # noqa: B023
+            lambda: jax.vmap(jax.vmap(embedder))(jnp.asarray([[3], [label]])),  # noqa: B023
+            lambda: jax.grad(lambda e: e(jnp.asarray(label)).sum())(embedder),  # noqa: B023
+        ]
+        for call in known:
+            with pytest.raises(ValueError, match=words):
+                call()
+        traced = jnp.asarray([3, label])
+        for rows in (
+            jax.jit(lambda e, many: jax.vmap(e)(many))(embedder, traced),
+            jnp.stack([jax.jit(lambda e, one: e(one))(embedder, one) for one in traced]),
+        ):
+            assert tree_allclose(rows[0], embedder.table[3])
+            assert np.isnan(rows[1]).all()
+    # Types that cannot hold the null label, and no labels at all.
+    wide = edt.LabelEmbedder(1000, 8, key=jax.random.key(0))
+    assert tree_allclose(wide(jnp.asarray(100, jnp.int8)), wide.table[100])
+    assert jax.vmap(embedder)(jnp.zeros(0, int)).shape == (0, 8)
+
+
+PARAMETERS = {
+    "Linear": (edt.Linear(8, 4, key=jax.random.key(0)), jnp.ones((3, 8))),
+    "LayerNorm": (edt.LayerNorm(8), jnp.ones((3, 8))),
+    "RMSNorm": (edt.RMSNorm(8), jnp.ones((3, 8))),
+    "Attention": (edt.Attention(8, 2, key=jax.random.key(0)), jnp.ones((3, 8)), jnp.ones((2, 8))),
+    "LabelEmbedder": (edt.LabelEmbedder(4, 8, key=jax.random.key(0)), jnp.asarray(3)),
+    "TextEmbedder": (
+        edt.TextEmbedder(8, 8, max_length=3, key=jax.random.key(0)),
+        jnp.ones((2, 8)),
+        jnp.arange(2) < 1,
+    ),
+    "TimestepEmbedder": (edt.TimestepEmbedder(8, key=jax.random.key(0)), jnp.asarray(3)),
+    "DiT": (tiny(depth=3), images(1)[0], jnp.asarray(3), jnp.asarray(3)),
+    "in-context": (tiny(block=edt.InContextBlock), images(1)[0], jnp.asarray(3), jnp.asarray(3)),
+}
+
+
+def _with_each_leaf(module, put):
+    """The module with one array after another replaced by `put` of it."""
+    leaves, structure = jax.tree.flatten(module)
+    for i, leaf in enumerate(leaves):
+        yield jax.tree.unflatten(structure, [*leaves[:i], put(leaf), *leaves[i + 1 :]])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_may_be_of_numpy(name, dtype):
+    module, *arguments = PARAMETERS[name]
+    expected = module(*arguments)
+    whole = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), module)
+    assert tree_allclose(whole(*arguments), expected)
+    assert tree_allclose(jax.jit(lambda m: m(*arguments))(whole), expected, 1e-5)
+    for changed in _with_each_leaf(module, lambda leaf: np.asarray(leaf, dtype)):
+        assert tree_allclose(changed(*arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda leaf: 0.5,
+        lambda leaf: np.float32(0.5),
+        lambda leaf: jnp.zeros(()),
+        lambda leaf: np.zeros(leaf.shape, int),
+        lambda leaf: jnp.zeros((1, *leaf.shape)),
+    ],
+)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "LabelEmbedder", "TextEmbedder", "DiT"])
+def test_what_is_no_parameter_is_named(name, put):
+    module, *arguments = PARAMETERS[name]
+    for changed in _with_each_leaf(module, put):
+        for call in (lambda m: m(*arguments), jax.jit(lambda m: m(*arguments))):
+            with pytest.raises(ValueError, match=r"\w+\.\w+ (is|has the shape) .* in its place"):
+                call(changed)
 
 
 @pytest.mark.parametrize(
