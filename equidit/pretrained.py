@@ -25,7 +25,6 @@ import jax
 import numpy as np
 
 from ._blocks import AdaLNZeroBlock
-from ._common import check_choice
 from ._conditioning import LabelConditioner
 from ._dit import DiT
 from ._files import (

@@ -60,6 +60,13 @@ def test_round_trip(tmp_path):
     assert found[2:] == ({"index": 7}, {"sizes": [1, 2], "3": None}, [])
 
 
+def test_nothing_need_be_said_beside_the_state(tmp_path):
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state(1))
+        found = checkpoints.restore(like(), config={})
+    assert found[2:4] == ({}, {})
+
+
 def test_training_state_and_static_leaves(tmp_path):
     network = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     saved = edt.init_state(edt.cast(network, jnp.bfloat16), optax.adam(1e-3))

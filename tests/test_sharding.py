@@ -48,6 +48,16 @@ def test_sharding_does_not_matter(reference, sharding, options):
 
 
 @pytest.mark.parametrize("sharding", DIVIDED)
+def test_one_host_needs_neither_init_sharded_nor_global_batch(sharding):
+    devices = mesh(8)
+    step = edt.make_train_step(loss, SGD, mesh=devices, sharding=sharding)
+    plain = jax.tree.map(np.asarray, BATCH)
+    found = step(edt.init_state(tiny(), SGD), plain, KEY)
+    state = edt.init_sharded(tiny, SGD, devices, sharding)
+    assert difference(found, step(state, edt.hosts.global_batch(plain, devices), KEY)) < ORDER
+
+
+@pytest.mark.parametrize("sharding", DIVIDED)
 def test_same_seed_same_bits(sharding):
     one, two = (run(mesh=mesh(8), sharding=sharding) for _ in range(2))
     assert tree_allclose(one, two)
