@@ -106,7 +106,7 @@ def _tensors() -> Files:
 
 
 def _read_tensors(folder: Path) -> None:
-    weights, _ = _files.read_file(folder / "a.safetensors")
+    weights = _files.read_file(folder / "a.safetensors")
     for tensor in weights.values():
         assert tensor.read().shape == tensor.shape
 
