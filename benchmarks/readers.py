@@ -118,7 +118,7 @@ def _official() -> Files:
 
 
 def _read_official(folder: Path) -> None:
-    path = folder / "dit.safetensors"
+    (path,) = folder.iterdir()
     pretrained.describe(path, num_heads=1)
     pretrained.load_dit(path, num_heads=1)
 
@@ -161,30 +161,16 @@ def _torch() -> Files:
 
     import torch
 
-    tensors = {"a": torch.ones(2, 3), "b.c": torch.ones(4).half()}
-    full = {"model": tensors, "ema": tensors, "args": argparse.Namespace(model="DiT-S/2")}
+    arrays = _arrays(_dit(), _names.OFFICIAL)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    args = argparse.Namespace(model="DiT-S/2", num_classes=2)
+    full = {"model": tensors, "ema": tensors, "opt": {}, "args": args}
     found = []
-    for content in (tensors, full):
+    for content, new in ((tensors, True), (full, True), (tensors, False)):
         file = io.BytesIO()
-        torch.save(content, file)
+        torch.save(content, file, _use_new_zipfile_serialization=new)
         found.append(file.getvalue())
-    old = io.BytesIO()
-    torch.save(tensors, old, _use_new_zipfile_serialization=False)
-    return {"a.pt": [*found, old.getvalue()]}
-
-
-def _read_torch(folder: Path) -> None:
-    weights, args = _files.read_file(folder / "a.pt")
-    if "model" in _sizes_options(args):
-        str(args)
-    for tensor in weights.values():
-        assert tensor.read().shape == tensor.shape
-
-
-def _sizes_options(args: Any) -> dict[str, Any]:
-    from equidit._sizes import _options
-
-    return _options(args)
+    return {"dit.pt": found}
 
 
 def _samples() -> Files:
@@ -471,8 +457,13 @@ READERS = {
         Reader(
             ".pt file",
             _torch,
-            _read_torch,
-            modules=("equidit._files", "torch._weights_only_unpickler", "torch._utils"),
+            _read_official,
+            modules=(
+                "equidit._files",
+                "equidit._sizes",
+                "torch._weights_only_unpickler",
+                "torch._utils",
+            ),
         ),
         Reader(
             "official DiT",

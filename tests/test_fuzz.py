@@ -32,7 +32,7 @@ from equidit._storage import mapped
 from equidit.data import ImageError, image_folder, open_latents, read_image
 
 # Each traces a network anew, or starts with PyTorch.
-INPUTS = {"official DiT": 40, "diffusers' DiT": 40, "autoencoder": 40, "safetensors": 120}
+INPUTS = {"official DiT": 40, "diffusers' DiT": 40, "autoencoder": 40, ".pt file": 60}
 quickly = settings(
     derandomize=True,
     deadline=None,
@@ -52,7 +52,7 @@ def test_only_documented_errors_little_memory_no_hang_and_nothing_written(name, 
     harness = make_harness(name, tmp_path)
     for seed in harness.seeds():
         assert harness.run(seed) is None
-    assert harness.accepted > 0
+    assert harness.accepted > len(harness.names) - 1
     fuzz.by_mutation(harness, INPUTS.get(name, 300), seed=0)
     assert harness.record()["findings"] == []
     # Mutations that change nothing, or nothing but noise, would find nothing.
