@@ -37,6 +37,12 @@ def made(kind, *sizes, **options):
     return randomize(kind(*sizes, **options, key=KEY))
 
 
+def muon_update(rate):
+    optimizer = edt.muon(rate)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        return optimizer.update(TOKENS, optimizer.init(TOKENS), TOKENS)[0]
+
+
 # Every public function and module with an array among its parameters, and what it is given.
 CALLS: dict[str, tuple[Any, ...]] = {
     "patchify": (edt.patchify, X, 2),
@@ -77,10 +83,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "guide": (lambda s: edt.guide(NETWORK, s, 10)(X, T, LABEL), jnp.asarray(2.0)),
     "drop_label": (lambda *a: edt.drop_label(*a, key=KEY), LABEL, 10, jnp.asarray(0.5)),
     "ema_update": (edt.ema_update, NETWORK, NETWORK, jnp.asarray(0.5)),
-    "muon": (
-        lambda r: edt.muon(r).update(NETWORK, edt.muon(r).init(NETWORK), NETWORK)[0],
-        jnp.asarray(0.1),
-    ),
+    "muon": (muon_update, jnp.asarray(0.1)),
     "TrainState.__init__": (edt.TrainState, T, NETWORK, NETWORK, ()),
     "Autoencoder.encode": (AUTOENCODER.encode, X),
     "Autoencoder.decode": (AUTOENCODER.decode, jnp.concatenate([X, Y])),
