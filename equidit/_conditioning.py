@@ -51,7 +51,11 @@ class TimestepEmbedder(Module):
         Its embedding, in the parameters' dtype.
         """
         features = (self.features or timestep_features)(t, 256)
-        return self.down(jax.nn.silu(self.up(features.astype(self.up.parameters()[0].dtype))))
+        return self.down(
+            jax.nn.silu(
+                self.up(features.astype(parameter(self.up, "weight", "out features").dtype))
+            )
+        )
 
 
 class LabelEmbedder(Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._blocks import AdaLNZeroBlock, tokens_of
 from ._common import Module, check_channels, check_positive
 from ._conditioning import LabelConditioner, TimestepConditioner
-from ._layers import FinalLayer, Linear
+from ._layers import FinalLayer, Linear, parameter
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
 from ._stack import Stack
 from ._types import Conditioning, Number, PRNGKey
@@ -165,7 +165,7 @@ class DiT(Module):
         """
         check_channels("x", x, self.in_channels, "the network has in_channels=")
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
-        dtype = self.patch_embed.parameters()[0].dtype
+        dtype = parameter(self.patch_embed, "weight", "out features").dtype
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
         tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
         conditioning = self.conditioner(t, cond)

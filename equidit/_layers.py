@@ -69,16 +69,17 @@ class Linear(Module):
 
         The same with `out_features` on the last axis.
         """
-        weight, bias = self.parameters()
+        weight, bias = weight_and_bias(self)
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"x has {x.shape[-1]} features, but the layer was made for {weight.shape[1]}"
             )
         return _affine(x, weight, bias)
 
-    def parameters(self) -> tuple[Float[Array, "out features"], Float[Array, " out"]]:
-        """The weight and the bias, as the arrays that they must be."""
-        return parameter(self, "weight", "out features"), parameter(self, "bias", "out")
+
+def weight_and_bias(layer: Linear) -> tuple[Array, Array]:
+    """A linear layer's parameters, as the arrays that they must be."""
+    return parameter(layer, "weight", "out features"), parameter(layer, "bias", "out")
 
 
 def hidden_size(dim: int, mlp_ratio: Number) -> int:
@@ -305,7 +306,7 @@ class Attention(Module):
             q, k, v = map(self._heads, jnp.split(self.qkv(x), 3, axis=-1))
         else:
             dim = x.shape[-1]
-            weight, bias = self.qkv.parameters()
+            weight, bias = weight_and_bias(self.qkv)
             q = self._heads(_affine(x, weight[:dim], bias[:dim]))
             k, v = map(
                 self._heads, jnp.split(_affine(context, weight[dim:], bias[dim:]), 2, axis=-1)
