@@ -460,6 +460,8 @@ READERS = {
             _read_official,
             modules=(
                 "equidit._files",
+                "equidit._pickles",
+                "equidit._unwrap",
                 "equidit._sizes",
                 "torch._weights_only_unpickler",
                 "torch._utils",
@@ -469,7 +471,7 @@ READERS = {
             "official DiT",
             _official,
             _read_official,
-            modules=("equidit._files", "equidit._sizes", "equidit._names"),
+            modules=("equidit._files", "equidit._unwrap", "equidit._sizes", "equidit._names"),
         ),
         Reader(
             "diffusers' DiT",
