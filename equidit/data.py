@@ -1,6 +1,5 @@
 """Data sets, and the order in which training sees them."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -324,7 +323,37 @@ def _count_skipped(batch: tuple[Any, np.ndarray]) -> tuple[Any, int]:
     return batch[0], int(batch[1].sum())
 
 
-@contextlib.contextmanager
+class Batches(Iterator[tuple[Any, int]]):
+    """What [`equidit.data.batches`][] returns: an iterator, to be used in a `with` statement.
+
+    Without one, `close` ends its workers and threads.
+    """
+
+    def __init__(self, iterator: Any):
+        self._iterator = iterator
+
+    def __next__(self) -> tuple[Any, int]:
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"a process that reads data has died ({str(error).splitlines()[0]}): if memory is "
+                "short, go on with fewer workers, or with workers=0, which reads in threads"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the workers and threads that read."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 def batches(
     source: Source | PyTree,
     batch_size: int,
@@ -335,12 +364,12 @@ def batches(
     skip_corrupt: bool = False,
     process: tuple[int, int] = (0, 1),
     num_classes: int | None = None,
-) -> Iterator[Iterator[tuple[Any, int]]]:
+) -> Batches:
     """Batches for ever, from the step `start` on: a new shuffle of the data every epoch.
 
     What is in a batch depends on the seed and the step alone, so that a run which goes on at any
     step, with any number of workers or processes, sees the same data. Use it in a `with`
-    statement, which ends the workers.
+    statement, which ends the workers, or call `next` and at the end `close`.
 
     **Arguments:**
 
@@ -359,7 +388,8 @@ def batches(
 
     **Returns:**
 
-    Pairs of the batch, a pytree of arrays, and the number of damaged examples that were skipped.
+    An iterator over pairs: the batch, a pytree of arrays, and the number of damaged examples that
+    were skipped.
 
     **Raises:**
 
@@ -394,24 +424,7 @@ def batches(
         # Else the workers refuse to start.
         flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
-    iterator = iter(stream)
-    try:
-        yield _watched(iterator) if workers else iterator
-    finally:
-        iterator.close()
-
-
-def _watched(iterator: Iterator[Any]) -> Iterator[Any]:
-    """The same, but the death of a worker is an error of its own."""
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise ChildProcessError(
-            f"a process that reads data has died ({str(error).splitlines()[0]}): if memory is "
-            "short, go on with fewer workers, or with workers=0, which reads in threads"
-        ) from error
+    return Batches(iter(stream))
 
 
 def check_labels(label: Integer[np.ndarray, "*_"], num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """Data sets, and the order in which training sees them."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -273,3 +274,13 @@ def test_labels_out_of_range(label, where):
     labels[where] = label
     with pytest.raises(ValueError, match=rf"label {label} \(number {where}\).*0 to 9"):
         check_labels(labels, 10)
+
+
+def test_batches_need_no_with():
+    stream = batches(Numbers(5), 2, seed=0)
+    first, skipped = next(stream)
+    assert (len(first["label"]), skipped) == (2, 0)
+    assert len(list(itertools.islice(stream, 3))) == 3
+    stream.close()
+    with pytest.raises(ValueError, match="batch_size=0"):
+        batches(Numbers(5), 0, seed=0)
