@@ -53,7 +53,8 @@ class ImageFolder:
     - `classes`: names of the subfolders, sorted: label 0 is the first.
     - `files`: the pictures below them, as paths from `root`.
     - `label`: each one's class.
-    - `ignored`: how many other things were left out, by kind: a suffix such as `".txt"`, or
+    - `ignored`: how many other things were left out.
+    - `kinds`: how many of each kind: a suffix such as `".txt"`, or
         `"without suffix"`, `"hidden"`, `"broken link"`, `"link to a folder around it"`,
         `"no file"`, `"picture beside the class folders"`.
     """
@@ -62,7 +63,8 @@ class ImageFolder:
     classes: tuple[str, ...]
     files: tuple[str, ...]
     label: Integer[np.ndarray, " batch"]
-    ignored: dict[str, int]
+    ignored: int
+    kinds: dict[str, int]
 
 
 def image_folder(root: StrPath) -> ImageFolder:
@@ -87,13 +89,13 @@ def image_folder(root: StrPath) -> ImageFolder:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     suffixes = _suffixes()
-    names, ignored = [], collections.Counter[str]()
+    names, kinds = [], collections.Counter[str]()
     for entry in os.scandir(root):
         kind = _kind(entry, suffixes)
         if kind == "folder":
             names.append(entry.name)
         else:
-            ignored[kind or "picture beside the class folders"] += 1
+            kinds[kind or "picture beside the class folders"] += 1
     if not names:
         raise ValueError(
             f"{root} has no class folders: put the pictures into {root / 'NAME'}, one folder "
@@ -106,7 +108,7 @@ def image_folder(root: StrPath) -> ImageFolder:
             if kind is None:
                 pictures.append(parts)
             else:
-                ignored[kind] += 1
+                kinds[kind] += 1
         if not pictures:
             raise ValueError(
                 f"{root / name} holds no pictures (such as .jpg, .png, .webp): fill it or remove it"
@@ -119,13 +121,14 @@ def image_folder(root: StrPath) -> ImageFolder:
         tuple(sorted(names)),
         tuple(map("/".join, files)),
         np.asarray(label, np.int32),
-        dict(sorted(ignored.items())),
+        kinds.total(),
+        dict(sorted(kinds.items())),
     )
 
 
 def left_out(folder: ImageFolder) -> str:
     """What a folder has beside the pictures that are read, in a line; empty if nothing."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in folder.ignored.items())
+    counts = ", ".join(f"{count} {kind}" for kind, count in folder.kinds.items())
     return f"left out of {folder.root}: {counts}" if counts else ""
 
 

@@ -136,6 +136,11 @@ class ArraySource:
         ((size,),) = sizes
         self.label = np.zeros(size, np.int32) if label is None else np.asanyarray(label)
 
+    @property
+    def images(self) -> PyTree:
+        """The arrays, which once had to be [`equidit.data.Images`][]."""
+        return self.arrays
+
     def read(self, index: int, rng: np.random.Generator) -> Any:
         """**Arguments:**
 
@@ -330,6 +335,10 @@ class Batches(Iterator[tuple[Any, int]]):
     """
 
     def __init__(self, iterator: Any):
+        """**Arguments:**
+
+        - `iterator`: grain's.
+        """
         self._iterator = iterator
 
     def __next__(self) -> tuple[Any, int]:

@@ -183,7 +183,7 @@ def test_folder(tmp_path):
     names = ("a/4.png", "a/deep/3.png", "a/deep/er/5.png", "b/1.PNG", "b/2.png")
     assert folder.files == names
     assert folder.label.tolist() == [0, 0, 0, 1, 1]
-    assert folder.ignored == {}
+    assert folder.ignored == 0
     assert left_out(folder) == ""
 
 
@@ -200,7 +200,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     os.mkfifo(tmp_path / "b" / "pipe.png")
     folder = image_folder(tmp_path)
     assert folder.files == ("a/1.png", "b/2.png")
-    assert folder.ignored == {
+    assert folder.kinds == {
         ".csv": 1,
         ".npy": 1,
         ".txt": 2,
@@ -222,7 +222,7 @@ def test_links_are_followed(tmp_path):
     folder = image_folder(tmp_path / "root")
     inside = ("b/3.png", "b/4.png", "b/inside/1.png", "b/inside/deep/2.png")
     assert folder.files == ("a/1.png", "a/deep/2.png", *inside)
-    assert folder.ignored == {}
+    assert folder.ignored == 0
     linked = tmp_path / "link"
     linked.symlink_to(tmp_path / "root")
     assert image_folder(linked).files == folder.files
@@ -255,13 +255,13 @@ def test_what_only_looks_like_a_picture_s_suffix(tmp_path):
         (tmp_path / "a" / f"2{suffix}").write_bytes(b"")
     folder = image_folder(tmp_path)
     assert folder.files == ("a/1.png",)
-    assert sum(folder.ignored.values()) == 9
+    assert folder.ignored == sum(folder.kinds.values()) == 9
 
 
 def test_formats_that_pillow_was_built_without(tmp_path, monkeypatch):
     put(tmp_path, "a/1.png", "a/2.avif", "a/3.jp2")
     monkeypatch.setattr(features, "check", lambda name: name == "jpg")
-    assert image_folder(tmp_path).ignored == {".avif": 1, ".jp2": 1}
+    assert image_folder(tmp_path).kinds == {".avif": 1, ".jp2": 1}
 
 
 def test_the_first_picture_of_an_animation(tmp_path):
