@@ -133,7 +133,10 @@ def _array(to: Callable[[Any], Any], others: tuple[type, ...], integral: bool, v
 
 def _key(value: Any) -> Any:
     if isinstance(value, jax.Array | np.ndarray) and (value.dtype, value.ndim) == (np.uint32, 1):
-        return jax.random.wrap_key_data(jnp.asarray(value))
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(value))
+        except TypeError:
+            pass  # of another length: told by the check of types
     return value
 
 

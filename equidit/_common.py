@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 
@@ -14,36 +13,22 @@ def upcast(x: Array) -> Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+def brief(text: str, limit: int = 200) -> str:
+    """A text that others made, in one line and cut for an error's text."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf is a floating-point array, or the shape of one."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def check_positive(**sizes: int) -> None:
     """`ValueError` naming the first of `sizes` that is below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
-
-
-def check_statistics(mean: Any, std: Any, shift: float, channels: int) -> None:
-    """`ValueError` unless these can be the statistics of an autoencoder's latents, or are none."""
-    given = {"latents_mean": mean, "latents_std": std}
-    if not (given := {name: values for name, values in given.items() if values is not None}):
-        return
-    for name, values in given.items():
-        least = 1e-30 if name == "latents_std" else -1e30
-        if not _numbers(values, channels) or min(values) <= least:
-            raise ValueError(
-                f"{name}={repr(values)[:200]} must be {channels} finite numbers, one a channel"
-                f"{', all positive' if name == 'latents_std' else ''}"
-            )
-    if len(given) == 1:
-        raise ValueError(f"{min(given)} is given alone: latents_mean and latents_std go together")
-    if shift:
-        raise ValueError(f"shift_factor={shift} must be 0 beside latents_mean, which stands for it")
-
-
-def _numbers(values: Any, count: int) -> bool:
-    if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
-        return False
-    kinds = int | float | np.integer | np.floating
-    return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -59,7 +44,8 @@ def choose_from(choices: Iterable[str], value: str) -> str:
     likeness = {name: SequenceMatcher(None, word, _bare(name)).ratio() for name in choices}
     near = {n: r for n, r in likeness.items() if r >= 0.6 or (word and word in _bare(n))}
     best = [repr(name) for name, ratio in near.items() if ratio == max(near.values())]
-    known = f"hoose from {', '.join(choices)}"
+    some = choices if len(choices) <= 30 else [*choices[:30], f"... ({len(choices)} in all)"]
+    known = f"hoose from {', '.join(some)}"
     return f"did you mean {' or '.join(best)}? C{known}" if 1 <= len(best) <= 3 else f"c{known}"
 
 
@@ -67,12 +53,12 @@ def _bare(name: str) -> str:
     return "".join(filter(str.isalnum, str(name).casefold()))
 
 
-def check_channels(name: str, x: Array, channels: int, owner: str) -> None:
-    """`ValueError` unless the image has so many channels, first."""
+def check_channels(name: str, x: Array, channels: int, wanted: str) -> None:
+    """`ValueError` unless the image has so many channels, first: `wanted` says who wants them."""
     if x.shape[0] != channels:
         last = x.shape[2] == channels
         raise ValueError(
-            f"{name} has {x.shape[0]} channels, but {owner}{channels}"
+            f"{name} has {x.shape[0]} channels, but {wanted}"
             + (
                 f": channels come first, so if they are last in its shape {x.shape}, pass "
                 f"jnp.transpose({name}, (2, 0, 1))"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ._common import Module, check_positive
 from ._layers import Linear, normal_02, parameter
@@ -51,11 +51,8 @@ class TimestepEmbedder(Module):
         Its embedding, in the parameters' dtype.
         """
         features = (self.features or timestep_features)(t, 256)
-        return self.down(
-            jax.nn.silu(
-                self.up(features.astype(parameter(self.up, "weight", "out features").dtype))
-            )
-        )
+        dtype = parameter(self.up, "weight", "out features").dtype
+        return self.down(jax.nn.silu(self.up(features.astype(dtype))))
 
 
 class LabelEmbedder(Module):
@@ -78,7 +75,7 @@ class LabelEmbedder(Module):
         """The null label: the number of classes."""
         return self.table.shape[0] - 1
 
-    def __call__(self, label: Int[Array, ""]) -> Float[Array, " dim"]:
+    def __call__(self, label: Integer[Array, ""]) -> Float[Array, " dim"]:
         """**Arguments:**
 
         - `label`: 0 to `num_classes - 1`, or `null`.
@@ -218,7 +215,9 @@ class LabelConditioner(Module):
         self.timestep = TimestepEmbedder(dim, features=features, key=timestep_key)
         self.label = LabelEmbedder(num_classes, dim, key=label_key)
 
-    def __call__(self, t: Float[Array, ""] | Int[Array, ""], label: Int[Array, ""]) -> Conditioning:
+    def __call__(
+        self, t: Float[Array, ""] | Int[Array, ""], label: Integer[Array, ""]
+    ) -> Conditioning:
         """**Arguments:**
 
         - `t`: the time in diffusion steps.

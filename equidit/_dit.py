@@ -142,9 +142,8 @@ class DiT(Module):
         size does not divide, and for a label outside the table whose value is known (under
         `jax.jit` it gives NaN instead).
         """
-        check_channels("x", x, self.in_channels, "the network has in_channels=")
-        grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens, conditioning = self.embed(x, t, cond)
+        grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens = self.blocks(tokens, conditioning)[: grid[0] * grid[1]]
         patches = self.final(tokens, conditioning)
         return unpatchify(patches, self.patch_size, grid).astype(x.dtype)
@@ -163,7 +162,8 @@ class DiT(Module):
 
         The tokens and the [`equidit.Conditioning`][] for the blocks.
         """
-        check_channels("x", x, self.in_channels, "the network has in_channels=")
+        wanted = f"the network has in_channels={self.in_channels}"
+        check_channels("x", x, self.in_channels, wanted)
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         dtype = parameter(self.patch_embed, "weight", "out features").dtype
         tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ._arguments import accepting
 from ._types import Number, Scalar
 
 Tree = TypeVar("Tree")
@@ -56,7 +57,7 @@ def ema_warmup(decay: Number = 0.9999) -> Callable[[Int[Array, ""]], Float[Array
         n = step.astype(jnp.float32)
         return jnp.minimum(decay, (1 + n) / (10 + n))
 
-    return at
+    return accepting(at)
 
 
 def std_to_gamma(std: Number) -> float:
@@ -112,7 +113,7 @@ def power_ema_decay(std: Number) -> Callable[[Int[Array, ""]], Float[Array, ""]]
         # (1 - 1/t)^power for the first update at t = 1, without rounding 1 - 1/t.
         return jnp.exp(power * jnp.log1p(-1 / (step + 1).astype(jnp.float32)))
 
-    return at
+    return accepting(at)
 
 
 def reconstruct_ema(

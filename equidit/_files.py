@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._common import choose_from, extra
+from ._common import brief, choose_from, extra
 from ._pickles import read_torch
 from ._types import StrPath
 
@@ -38,11 +38,6 @@ class Tensor(NamedTuple):
 Weights = dict[str, Tensor]
 
 
-def brief(text: str, limit: int = 200) -> str:
-    """What a file says, cut for an error's text."""
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
 def weights_of(arrays: Mapping[str, Any], source: str) -> Weights:
     """Arrays of NumPy, JAX, PyTorch or of a file, to be read when they are needed."""
     return {name: _tensor(array, f"{source}: {name}") for name, array in arrays.items()}
@@ -57,7 +52,7 @@ def _tensor(array: Any, name: str) -> Tensor:
     if not isinstance(array, np.ndarray | jax.Array) or not jnp.issubdtype(
         array.dtype, jnp.floating
     ):
-        raise ValueError(f"{name} is no dense floating-point tensor")
+        raise ValueError(f"{name} is no dense floating-point tensor: leave it out")
     return Tensor(array.shape, lambda: np.asarray(array).astype(np.float32, copy=False))
 
 
@@ -180,7 +175,7 @@ def _of_torch(tensor: Any, name: str) -> Tensor:
         or tensor.layout != torch.strided
         or tensor.device.type == "meta"
     ):
-        raise ValueError(f"{name} is no dense floating-point tensor")
+        raise ValueError(f"{name} is no dense floating-point tensor: leave it out")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"{name} claims {tuple(tensor.shape)}, more than the file holds")
     return Tensor(tuple(tensor.shape), lambda: tensor.detach().float().cpu().numpy())

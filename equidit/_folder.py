@@ -10,7 +10,7 @@ from typing import Any
 from beartype.door import is_bearable
 
 from . import __version__
-from ._files import brief
+from ._common import brief
 from ._settings import Settings
 from ._storage import replace
 from ._task import About

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, PyTree
 
-from ._common import upcast
+from ._common import brief, upcast
 from ._types import Optimizer
 
 # What the step itself reports.
@@ -27,7 +27,8 @@ class Metrics(dict[str, Any]):
 
 
 def _flatten(metrics: Metrics) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
-    return [(jax.tree_util.DictKey(name), value) for name, value in metrics.items()], tuple(metrics)
+    names = tuple(sorted(metrics))  # as JAX flattens a dictionary
+    return [(jax.tree_util.DictKey(name), metrics[name]) for name in names], names
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -62,23 +63,28 @@ def reported(returned: Any) -> tuple[Array, dict[str, Array]]:
                 f"the loss reports a number named {name!r}: choose a string other than the step's "
                 f"own metrics {', '.join(OWN)}"
             )
-    return upcast(jnp.asarray(number)), {n: upcast(jnp.asarray(v)) for n, v in extra.items()}
+    return upcast(jnp.asarray(number)), {name: _float(value) for name, value in extra.items()}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, _NUMBERS) and np.shape(value) == ()
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float) or np.ndim(value):
+        return False
+    dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
-_NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
+def _float(value: Any) -> Array:
+    # A number of Python's or NumPy's may be beyond JAX's integers.
+    return upcast(jnp.asarray(value if isinstance(value, jax.Array) else float(value)))
 
 
 def updates_of(
     optimizer: Optimizer, grads: PyTree, state: PyTree, params: PyTree, loss: Array
 ) -> tuple[PyTree, PyTree]:
     """The optimizer's updates and next state; it is told the loss if it asks for more by name."""
-    kinds = {p.kind for p in inspect.signature(optimizer.update).parameters.values()}
-    more = isinstance(optimizer, optax.GradientTransformationExtraArgs)
-    more = more or inspect.Parameter.VAR_KEYWORD in kinds
+    parameters = inspect.signature(optimizer.update).parameters
+    more = isinstance(optimizer, optax.GradientTransformationExtraArgs) or "value" in parameters
+    more = more or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it
         try:
             return optimizer.update(grads, state, params, **({"value": loss} if more else {}))
@@ -106,9 +112,10 @@ def unshared(tree: PyTree, *, key: Callable[[Any], Any] = id) -> PyTree:
     return jax.tree.map(own, tree)
 
 
-def buffer(array: Array) -> Any:
+def buffer(array: Any) -> Any:
     """What two arrays of the same memory have in common."""
-    plain = not isinstance(array, Tracer) and jnp.issubdtype(array.dtype, jnp.number)
+    plain = isinstance(array, jax.Array) and not isinstance(array, Tracer)
+    plain = plain and jnp.issubdtype(array.dtype, jnp.number)
     shards = array.addressable_shards if plain and array.size else None
     return shards[0].data.unsafe_buffer_pointer() if shards else id(array)
 
@@ -158,7 +165,7 @@ def _is_gone(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
 
 
-def check_dtype(dtype: DTypeLike) -> DTypeLike:
+def check_dtype(dtype: DTypeLike) -> None:
     """`ValueError` for what is no floating-point dtype."""
     try:
         good = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -169,7 +176,6 @@ def check_dtype(dtype: DTypeLike) -> DTypeLike:
             f"dtype={dtype!r} is no floating-point dtype: choose jnp.bfloat16, jnp.float16 or "
             "jnp.float32, or their names 'bfloat16', 'float16', 'float32'"
         )
-    return dtype
 
 
 def check_averages(ema: PyTree, names: Iterable[str]) -> None:
@@ -189,9 +195,9 @@ def check_batch(batch: PyTree, devices: int, accumulate: int) -> None:
     if not all(map(_is_array, leaves)):
         name, leaf = next((name, leaf) for name, leaf in _named(batch) if not _is_array(leaf))
         raise ValueError(
-            f"{name} is a {type(leaf).__name__}, {_cut(leaf)}: the leaves of a batch are arrays of "
-            "numbers, one entry of the first axis an example. Lists are trees: make them arrays by "
-            "np.asarray"
+            f"{name} is a {type(leaf).__name__}, {brief(repr(leaf), 60)}: the leaves of a batch "
+            "are arrays of numbers, one entry of the first axis an example. Lists are trees: make "
+            "them arrays by np.asarray"
         )
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) != 1 or () in sizes:
@@ -219,8 +225,3 @@ def _is_array(leaf: Any) -> bool:
 def _named(batch: PyTree) -> Iterable[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         yield f"batch{jax.tree_util.keystr(path)}", leaf
-
-
-def _cut(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."

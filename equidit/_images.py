@@ -64,7 +64,7 @@ class ImageFolder:
     files: tuple[str, ...]
     label: Integer[np.ndarray, " batch"]
     ignored: int
-    kinds: dict[str, int]
+    kinds: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def image_folder(root: StrPath) -> ImageFolder:

@@ -79,7 +79,13 @@ class Linear(Module):
 
 def weight_and_bias(layer: Linear) -> tuple[Array, Array]:
     """A linear layer's parameters, as the arrays that they must be."""
-    return parameter(layer, "weight", "out features"), parameter(layer, "bias", "out")
+    weight, bias = parameter(layer, "weight", "out features"), parameter(layer, "bias", "out")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"Linear.bias has {bias.shape[0]} entries, but Linear.weight {weight.shape[0]} rows: "
+            "put one of the old one's shape in its place"
+        )
+    return weight, bias
 
 
 def hidden_size(dim: int, mlp_ratio: Number) -> int:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._files import Tensor, Weights, brief
+from ._common import brief
+from ._files import Tensor, Weights
 
 Tree = TypeVar("Tree")
 # From our module to theirs: `*` is the same number on both sides, `#` counts the stacked blocks. Of

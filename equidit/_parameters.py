@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 from optax import contrib
 
+from ._common import is_parameter
 from ._conditioning import TextEmbedder, TimestepEmbedder
 from ._dit import DiT
 from ._layers import FinalLayer, PlainFinalLayer
@@ -23,6 +23,7 @@ _BIASES = ("bias", "shift")
 _TABLES = ("embedding", "null", "pos_embed", "table")
 _INPUTS = ("embed", "patch_embed")
 _FUSED = ("qkv", "kv", "modulation")
+_NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm)
 # Layers whose name does not tell that one of their sides does not grow with the network's width.
 _ENDS: dict[tuple[type, str], Kind] = {
     (TimestepEmbedder, "up"): "input",
@@ -64,6 +65,9 @@ def parameter_kinds(network: PyTree) -> PyTree:
         All others are hidden.
     - Made of several are `qkv` (3), `kv` (2) and `modulation` (as many as the columns go into the
         rows), be it the matrix or its layer that is called so.
+    - Axes of layers are known of a [`equidit.Stack`][], and of a module with an attribute
+        `scans_layers` that is true. What you stack by `jax.vmap` yourself has more axes than it
+        seems to need: put right what that is taken for.
 
     **Arguments:**
 
@@ -100,8 +104,7 @@ class _Place(NamedTuple):
 def _kinds(node: Any, place: _Place) -> Any:
     children, structure = jax.tree_util.tree_flatten_with_path(node, lambda part: part is not node)
     if structure == jax.tree.structure(0):
-        is_parameter = hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.inexact)
-        return _kind(node.shape[place.layers :], place) if is_parameter else None
+        return _kind(node.shape[place.layers :], place) if is_parameter(node) else None
     inner = [_kinds(child, _inside(node, path[0], place)) for path, child in children]
     return jax.tree.unflatten(structure, inner)
 
@@ -111,6 +114,8 @@ def _inside(node: Any, key: Any, place: _Place) -> _Place:
     matrix: Kind = "input" if name in _INPUTS else place.matrix
     if isinstance(node, eqx.nn.Embedding):
         matrix = "embedding"
+    if isinstance(node, _NORMS):
+        matrix = "scale"
     features = place.features
     if isinstance(node, DiT):
         features = node.patch_size**2 * node.out_channels if name == "final" else None
@@ -127,7 +132,7 @@ def _kind(shape: tuple[int, ...], place: _Place) -> ParameterKind:
     kind, parts = place.matrix, 1
     if place.name in _BIASES:
         kind = "bias"
-    elif len(shape) < 2:
+    elif len(shape) < 2 or kind == "scale":
         kind = "scale"
     elif place.name in _TABLES:
         kind = "embedding"
@@ -175,6 +180,7 @@ def muon(
     """
 
     rate: Any = learning_rate
+    contrib.muon(rate, consistent_rms=consistent_rms, **options)  # names a wrong option at once
     # A network of kinds can be called as well, and so cannot be told from a function by that.
     fixed = any(isinstance(leaf, ParameterKind) for leaf in jax.tree.leaves(kinds))
 

@@ -147,8 +147,10 @@ class Partial:
                 f"group {group} has {len(rows)} rows of {', '.join(self._arrays)}, but was given "
                 f"{lengths}"
             )
-        if group not in self.remaining():
-            raise ValueError(f"group {group} is written already")
+        with open(self._done, "rb") as file:
+            file.seek(group)
+            if file.read(1) != b"\0":
+                raise ValueError(f"group {group} is written already")
         for name, value in values.items():
             self._arrays[name][rows.start : rows.stop] = value
             self._arrays[name].flush()

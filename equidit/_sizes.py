@@ -7,10 +7,11 @@ import math
 import re
 from typing import Any
 
-from ._common import check_statistics
-from ._files import Tensor, Weights, brief
+from ._common import brief
+from ._files import Tensor, Weights
 from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, Table, name_of
 from .configs import CONFIGS, Config
+from .vae import check_statistics
 
 Shapes = dict[str, tuple[int, ...]]
 

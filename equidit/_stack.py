@@ -1,4 +1,6 @@
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
 import equinox as eqx
@@ -87,7 +89,7 @@ class Stack(Module):
             try:
                 out = block(tokens, cond)
             except Exception as error:
-                error.add_note(_where(block, tokens))
+                error.add_note(_where(block, tokens, error))
                 raise
             return _checked(block, out, tokens), None
 
@@ -126,7 +128,7 @@ class Stack(Module):
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
         """One block, from the end if `index` is negative, or the list of those in a slice."""
         if isinstance(index, slice):
-            return [self[i] for i in range(self.depth)[index]]
+            return self._blocks(range(self.depth)[index])
         try:
             place = range(self.depth)[index]
         except IndexError:
@@ -134,8 +136,12 @@ class Stack(Module):
                 f"block {index} of a stack of depth={self.depth}: choose from 0 to "
                 f"{self.depth - 1}, or from -1 to {-self.depth}, counted from the end"
             ) from None
+        return self._blocks([place])[0]
+
+    def _blocks(self, places: Sequence[int]) -> list[Any]:
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
-        return whole(eqx.combine(jax.tree.map(lambda a: a[place], stacked), static))
+        at = lambda place: jax.tree.map(lambda a: a[place], stacked)  # noqa: E731
+        return [whole(eqx.combine(at(place), static)) for place in places]
 
 
 def _holds_parts(tree: Any) -> bool:
@@ -143,15 +149,14 @@ def _holds_parts(tree: Any) -> bool:
     return any(map(is_part, jax.tree.leaves(tree, is_leaf=is_part)))
 
 
-def _where(block: Any, tokens: Array) -> str:
+def _where(block: Any, tokens: Array, error: Exception) -> str:
     """A note to the error of a block; all of a stack run as one program, so none has a number."""
     note = f"This was in a {type(block).__name__}, called with tokens of shape {tokens.shape}."
-    is_theirs = lambda node: type(node).__module__.startswith("equinox.nn")  # noqa: E731
-    found = [node for node in jax.tree.leaves(block, is_leaf=is_theirs) if is_theirs(node)]
-    if found:
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    if any(Path(file).parts[-3:-1] == ("equinox", "nn") for file in files):
         note += (
-            f" It holds a {type(found[0]).__name__} of equinox.nn, which takes one token: map it "
-            "over all of them, jax.vmap(layer)(tokens)."
+            " It calls a layer of equinox.nn, which takes one token: map it over all of them, "
+            "jax.vmap(layer)(tokens)."
         )
     return note
 

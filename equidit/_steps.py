@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._common import upcast
+from ._common import brief, upcast
 from ._objectives import log_variance_of, split_output
 from ._schedule import (
     Image,
@@ -260,7 +260,7 @@ def _check_returned(out: Any, x: Any, has_aux: bool) -> None:
         remedy = "pass has_aux=True to collect the second, e.g. with with_x0=True"
     else:
         remedy = "a step returns the next x, in the structure of noise"
-    found, wanted = (eqx.tree_pformat(tree) for tree in (out, x))
+    found, wanted = (brief(eqx.tree_pformat(tree)) for tree in (out, x))
     raise ValueError(f"has_aux={has_aux}, but the step returned {found} for x {wanted}: {remedy}")
 
 

@@ -1,7 +1,6 @@
 """The `equidit` command: what can be asked of it, and how it answers when something is wrong."""
 
 import dataclasses
-import difflib
 import json
 import re
 import shlex
@@ -13,7 +12,7 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
-from ._common import check_positive, extra
+from ._common import check_positive, choose_from, extra
 
 with extra("train"):
     import tyro
@@ -43,16 +42,26 @@ _Labels = Annotated[
 
 
 def _numbers(labels: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Labels as numbers, where classes with names may be given by these."""
+    """Labels as numbers, where classes with names may be given by these.
+
+    What is written as a number is one; a class of such a name is asked for by `=NAME`.
+    """
     numbers = []
     for label in labels:
-        if label in classes:
-            numbers.append(classes.index(label))
-        elif re.fullmatch(r"\s*[+-]?\d+\s*", label):
-            numbers.append(int(label))
+        name = label.removeprefix("=")
+        if re.fullmatch(r"\s*[+-]?\d+\s*", label):
+            number = int(label)
+            if label in classes and classes.index(label) != number:
+                raise ValueError(
+                    f"labels={','.join(labels)!r}: {label!r} is the name of class number "
+                    f"{classes.index(label)}: write ={label} for that, or +{label} for number "
+                    f"{number}"
+                )
+            numbers.append(number)
+        elif name in classes:
+            numbers.append(classes.index(name))
         else:
-            near = difflib.get_close_matches(label, classes, 1, 0.0)
-            among = f" and no class of the run: did you mean {near[0]!r}?" if near else ""
+            among = f" and no class of the run: {choose_from(classes, name)}" if classes else ""
             raise ValueError(
                 f"labels={','.join(labels)!r}: {label!r} is no whole number such as those of "
                 f"3,1,4{among}"
@@ -127,7 +136,8 @@ class Sample:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in."""
     labels: _Labels | None = None
-    """What to draw, separated by commas or spaces: numbers from 0 or, of a run, names of classes.
+    """What to draw, separated by commas or spaces: numbers from 0 or, of a run, names of classes
+    (=NAME where a name is a number).
     By default the first ten classes; with --npz every image's label is drawn at random."""
     per_label: int | None = None
     """How many of each in the picture; by default 10 of a run, 1 of published weights."""

@@ -17,7 +17,7 @@ from ._blocks import (
     InContextBlock,
     TextCrossAttentionBlock,
 )
-from ._common import check_choice, check_positive, choose_from
+from ._common import check_choice, check_positive, choose_from, is_parameter
 from ._conditioning import TextConditioner
 from ._counting import count_macs
 from ._dit import DiT
@@ -174,17 +174,13 @@ def num_params(config: str | Config | PyTree) -> int:
     """
     if isinstance(config, str | Config):
         config = eqx.filter_eval_shape(build, config, key=jax.random.key(0))
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(config) if _is_parameter(leaf)]
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(config) if is_parameter(leaf)]
     if not sizes:
         raise ValueError(
             f"config of type {type(config).__name__} has no floating-point arrays: pass a name, a "
             "Config or a network"
         )
     return sum(sizes)
-
-
-def _is_parameter(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def num_macs(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Num, PyTree
 
-from ._common import check_positive, extra
+from ._common import brief, check_positive, extra
 from ._images import (
     ImageError as ImageError,
     ImageFolder as ImageFolder,
@@ -122,19 +122,28 @@ class ArraySource:
 
         **Raises:**
 
-        `ValueError` if there are no arrays, or they do not share their first axis.
+        `ValueError` if there are no arrays, or they do not share their first axis, and for a list.
         """
+        leaves = jax.tree_util.tree_leaves_with_path(arrays, is_leaf=lambda a: isinstance(a, list))
+        named = [(f"arrays{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves]
+        if lists := [(name, leaf) for name, leaf in named if isinstance(leaf, list)]:
+            raise ValueError(
+                f"{lists[0][0]} is a list of {len(lists[0][1])}: of examples make one array, by "
+                "np.stack or np.asarray, and give several arrays as a tuple or a dictionary"
+            )
         self.arrays = jax.tree.map(np.asanyarray, arrays)
-        leaves = jax.tree_util.tree_leaves_with_path(self.arrays)
-        shapes = {f"arrays{jax.tree_util.keystr(path)}": leaf.shape for path, leaf in leaves}
+        shapes = {name: np.shape(leaf) for name, leaf in named}
         sizes = {shape[:1] for shape in shapes.values()}
         if len(sizes) != 1 or () in sizes:
+            found = brief(", ".join(f"{name} {shape}" for name, shape in shapes.items()))
             raise ValueError(
-                f"a pytree of arrays that share their first axis is wanted, but it has {shapes}"
+                "arrays must share their first axis, one entry an example, but have the shapes "
+                f"{found or 'of none, since there are none'}: cut the longer ones"
             )
-        label = arrays.get("label") if isinstance(arrays, dict) else getattr(arrays, "label", None)
-        ((size,),) = sizes
-        self.label = np.zeros(size, np.int32) if label is None else np.asanyarray(label)
+        mapping = isinstance(self.arrays, dict)
+        label = self.arrays.get("label") if mapping else getattr(self.arrays, "label", None)
+        self.labelled = isinstance(label, np.ndarray)
+        self.label = label if isinstance(label, np.ndarray) else np.zeros(sizes.pop(), np.int32)
 
     @property
     def images(self) -> PyTree:
@@ -245,6 +254,7 @@ class Subset:
         - `rows`: their indices in it.
         """
         self.source, self.rows = source, rows
+        self.labelled = getattr(source, "labelled", True)
         self.label = np.asarray(source.label)[rows]
 
     def read(self, index: int, rng: np.random.Generator) -> Any:
@@ -409,12 +419,21 @@ def batches(
     """
     number, count = process
     if not 0 <= number < count:
-        raise ValueError(f"process={process} must be a number from 0, and how many there are")
+        raise ValueError(
+            f"process={process} must be a number and how many there are, such as (0, 2) and (1, 2)"
+        )
+    if start < 0:
+        raise ValueError(f"start={start} must not be negative")
     source = _source(source)
     check_positive(batch_size=batch_size, examples=len(source.label))
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the processes")
     if num_classes is not None:
+        if not getattr(source, "labelled", True):
+            raise ValueError(
+                f"num_classes={num_classes} is to check labels, but none of the arrays is called "
+                "'label': give a dictionary such as {'image': ..., 'label': ...}"
+            )
         check_labels(source.label, num_classes)
     with extra("train"):
         import grain

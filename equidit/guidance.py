@@ -38,7 +38,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> 
     if isinstance(probability, Number) and not 0 <= probability <= 1:
         raise ValueError(f"probability={probability} must lie in [0, 1]")
     _check_structure(null, label)
-    dropped = jax.random.bernoulli(key, probability)
+    dropped = jax.random.bernoulli(key, jnp.asarray(probability, jnp.float32))
 
     def drop(kept: Any, none: Any) -> Array:
         kept = jnp.asarray(kept)

@@ -236,8 +236,7 @@ def _from_official(
 
 def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> DiT:
     """The network, with shapes in place of arrays."""
-    _check_arithmetic(arithmetic)
-    theirs = arithmetic == "diffusers"
+    theirs = _checked_arithmetic(arithmetic) == "diffusers"
 
     def make(key: jax.Array) -> DiT:
         assert config.num_classes is not None
@@ -266,14 +265,15 @@ def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> Di
     return eqx.filter_eval_shape(make, jax.random.key(0))
 
 
-def _check_arithmetic(arithmetic: str | None) -> None:
-    if arithmetic not in ("official", "diffusers"):
+def _checked_arithmetic(arithmetic: str | None) -> str:
+    if arithmetic is None or arithmetic not in ("official", "diffusers"):
         raise ValueError(
             f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'. 'official' is what the "
             "published weights were trained in: timestep frequencies 10000 ** (-i / 128), norms' "
             "epsilon 1e-6. 'diffusers' is what its DiTPipeline computes of any weights: "
             "10000 ** (-i / 127), and 1e-5 before the MLPs; it is for models trained in diffusers"
         )
+    return arithmetic
 
 
 def _tell_licence(config: Config) -> None:
@@ -306,10 +306,9 @@ def load_diffusers_dit(path: StrPath, *, arithmetic: str | None = None) -> DiT:
     As [`equidit.pretrained.load_dit`][]; `ValueError` also for a config of another kind of model,
     and if the blocks' own embedders of timestep and label differ: here one serves all.
     """
-    _check_arithmetic(arithmetic)
-    assert arithmetic is not None
+    theirs = _checked_arithmetic(arithmetic)
     weights, config, _, source = _read_diffusers(path)
-    network = fill(_skeleton(arithmetic, config), DIFFUSERS, weights, source)
+    network = fill(_skeleton(theirs, config), DIFFUSERS, weights, source)
     _tell_licence(config)
     return network
 

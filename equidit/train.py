@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Int, PyTree
@@ -91,6 +92,8 @@ def init_state(
     array in two places.
     """
     check_network(network)
+    # NumPy's arrays are parameters too, and buffers of a device are what a step donates.
+    network = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, network)
 
     def copy() -> PyTree:
         return jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, network)

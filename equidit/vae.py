@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import Module, check_channels, check_positive, check_statistics, upcast
-from ._layers import Attention
+from ._common import Module, brief, check_channels, check_positive, upcast
+from ._layers import Attention, parameter
 from ._types import Number, PRNGKey
 
 _lecun_normal = jax.nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
@@ -86,8 +86,8 @@ class Autoencoder(Module):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
-        latents_mean: Sequence[Number] | np.ndarray | None = None,
-        latents_std: Sequence[Number] | np.ndarray | None = None,
+        latents_mean: Sequence[Number] | np.ndarray | Array | None = None,
+        latents_std: Sequence[Number] | np.ndarray | Array | None = None,
         *,
         key: PRNGKey,
     ):
@@ -247,7 +247,7 @@ def _optional(layer: Any, x: Array) -> Array:
 
 
 def _check_channels(name: str, x: Array, conv: "_Conv") -> None:
-    check_channels(name, x, conv.weight.shape[1], "the autoencoder takes ")
+    check_channels(name, x, (wanted := conv.weight.shape[1]), f"the autoencoder takes {wanted}")
 
 
 class _Conv(eqx.Module):
@@ -268,12 +268,12 @@ class _Conv(eqx.Module):
     def convolve(self, x: Array, stride: int, padding: Any) -> Float[Array, "rows columns out"]:
         y = jax.lax.conv_general_dilated(
             x[None],
-            self.weight,
+            parameter(self, "weight", "out channels kernel kernel"),
             (stride, stride),
             padding,
             dimension_numbers=("NHWC", "OIHW", "NHWC"),
         )[0]
-        return y + self.bias[None, None]
+        return y + parameter(self, "bias", "out")[None, None]
 
 
 class _GroupNorm(eqx.Module):
@@ -434,3 +434,29 @@ def _up(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
         if stage.resample is not None:
             x = stage.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
     return coder.leave(x)
+
+
+def check_statistics(mean: Any, std: Any, shift: float, channels: int) -> None:
+    """`ValueError` unless these can be the statistics of an autoencoder's latents, or are none."""
+    given = {"latents_mean": mean, "latents_std": std}
+    if not (given := {name: values for name, values in given.items() if values is not None}):
+        return
+    for name, values in given.items():
+        least = 1e-30 if name == "latents_std" else -1e30
+        if not _numbers(values, channels) or min(values) <= least:
+            raise ValueError(
+                f"{name}={brief(repr(values))} must be {channels} finite numbers, one a channel"
+                f"{', all positive' if name == 'latents_std' else ''}"
+            )
+    if len(given) == 1:
+        raise ValueError(f"{min(given)} is given alone: latents_mean and latents_std go together")
+    if shift:
+        raise ValueError(f"shift_factor={shift} must be 0 beside latents_mean, which stands for it")
+
+
+def _numbers(values: Any, count: int) -> bool:
+    if not isinstance(values, list | tuple | np.ndarray | Array) or len(values) != count:
+        return False
+    values = np.asarray(values) if isinstance(values, Array) else values
+    kinds = int | float | np.integer | np.floating
+    return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)
