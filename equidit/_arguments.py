@@ -62,7 +62,8 @@ def open_up(module: types.ModuleType) -> None:
 
 def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with its arguments made what its annotations ask for."""
-    parameters = inspect.signature(function).parameters.values()
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
     named = {p.name: _converter(p.annotation) for p in parameters}
     placed = [named[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
@@ -78,8 +79,21 @@ def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except TypeCheckError as error:
             raise _brief(error, function, args, kwargs) from None
+        except TypeError as error:
+            _name(error, signature, function, args, kwargs)
+            raise
 
     return accept
+
+
+def _name(error: TypeError, signature: inspect.Signature, function: Any, *given: Any) -> None:
+    """Python says whose arguments are wrong; the check of types only says which."""
+    args, kwargs = given
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as unbound:
+        if str(unbound) == str(error):
+            error.args = (f"{function.__qualname__}: {error}",)
 
 
 def _converter(annotation: Any) -> Converter | None:
@@ -179,6 +193,9 @@ def _cut(text: str, limit: int = 300) -> str:
 def _hints(function: Callable[..., Any], given: dict[str, Any]) -> Iterator[str]:
     for name, parameter in inspect.signature(function).parameters.items():
         shape = getattr(given.get(name), "shape", None)
+        if name in given and shape is None and _converter(parameter.annotation) is _key:
+            seed = given[name] if type(given[name]) is int else 0
+            yield f"\n{name} must be a key, such as jax.random.key({seed})"
         for member in union_members(parameter.annotation):
             axes = getattr(member, "dim_str", None)
             if shape is None or axes is None or "*" in axes or "..." in axes:

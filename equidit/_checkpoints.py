@@ -123,7 +123,9 @@ class Checkpoints:
         checkpoint of this step or a newer one; `ValueError` for what cannot be saved.
         """
         if self._manager is None:
-            raise ValueError(f"{self.folder} was opened with read_only=True: nothing can be saved")
+            raise ValueError(
+                f"{self.folder} was closed, or opened with read_only=True: nothing can be saved"
+            )
         self.wait()
         arrays = {name: _savable(name, leaf) for name, leaf in named(state).items()}
         if not arrays:

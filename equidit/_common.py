@@ -1,10 +1,13 @@
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
@@ -29,6 +32,13 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_share(**shares: Any) -> None:
+    """`ValueError` naming the first of `shares` that is a known number outside [0, 1]."""
+    for name, share in shares.items():
+        if isinstance(share, float | int | np.number) and not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must lie in [0, 1]")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -65,6 +75,42 @@ def check_channels(name: str, x: Array, channels: int, wanted: str) -> None:
                 if last
                 else ""
             )
+        )
+
+
+def check_statistics(mean: Any, std: Any, shift: float, channels: int) -> None:
+    """`ValueError` unless these can be the statistics of an autoencoder's latents, or are none."""
+    given = {"latents_mean": mean, "latents_std": std}
+    if not (given := {name: values for name, values in given.items() if values is not None}):
+        return
+    for name, values in given.items():
+        least = 1e-30 if name == "latents_std" else -1e30
+        if not _numbers(values, channels) or min(values) <= least:
+            raise ValueError(
+                f"{name}={brief(repr(values))} must be {channels} finite numbers, one a channel"
+                f"{', all positive' if name == 'latents_std' else ''}"
+            )
+    if len(given) == 1:
+        raise ValueError(f"{min(given)} is given alone: latents_mean and latents_std go together")
+    if shift:
+        raise ValueError(f"shift_factor={shift} must be 0 beside latents_mean, which stands for it")
+
+
+def _numbers(values: Any, count: int) -> bool:
+    if not isinstance(values, list | tuple | np.ndarray | Array) or len(values) != count:
+        return False
+    values = np.asarray(values) if isinstance(values, Array) else values
+    kinds = int | float | np.integer | np.floating
+    return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)
+
+
+def check_module(name: str, thing: Any) -> None:
+    """`ValueError` for an object that hides arrays from JAX: they would not be trained or saved."""
+    hidden = vars(thing) if hasattr(thing, "__dict__") and not inspect.isroutine(thing) else {}
+    if jax.tree_util.all_leaves([thing]) and any(map(eqx.is_array, jax.tree.leaves(hidden))):
+        raise ValueError(
+            f"{name} is a {type(thing).__name__}, which is no pytree, so that its arrays would be "
+            "neither trained nor saved: derive it from equinox.Module, with its arrays as fields"
         )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._blocks import AdaLNZeroBlock, tokens_of
-from ._common import Module, check_channels, check_positive
+from ._common import Module, check_channels, check_module, check_positive
 from ._conditioning import LabelConditioner, TimestepConditioner
 from ._layers import FinalLayer, Linear, parameter
 from ._ops import grid_of, patchify, sincos_2d, unpatchify
@@ -103,6 +103,7 @@ class DiT(Module):
         self.append_cond = append_cond
         self.patch_embed = Linear(patch_size**2 * in_channels, hidden_size, key=patch_key)
         if conditioner is not None:
+            check_module("conditioner", conditioner)
             self.conditioner = conditioner
         elif num_classes is None:
             self.conditioner = TimestepConditioner(hidden_size, key=cond_key)

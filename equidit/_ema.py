@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._arguments import accepting
+from ._common import check_share
 from ._types import Number, Scalar
 
 Tree = TypeVar("Tree")
@@ -52,6 +53,7 @@ def ema_warmup(decay: Number = 0.9999) -> Callable[[Int[Array, ""]], Float[Array
 
     A function of the number of updates made, for [`equidit.make_train_step`][].
     """
+    check_share(decay=decay)
 
     def at(step: Int[Array, ""]) -> Float[Array, ""]:
         n = step.astype(jnp.float32)

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, PyTree
 
-from ._common import brief, upcast
+from ._common import brief, is_parameter, upcast
 from ._types import Optimizer
 
 # What the step itself reports.
@@ -123,6 +123,11 @@ def buffer(array: Any) -> Any:
 def check_network(network: PyTree) -> None:
     """`ValueError` for a network that was donated, or that holds a parameter in two places."""
     check_alive(network, "the network")
+    if not any(map(is_parameter, jax.tree.leaves(network))):
+        raise ValueError(
+            f"network is a {type(network).__name__} without floating-point arrays: there is "
+            "nothing to train. A class of your own is an equinox.Module, with arrays as fields"
+        )
     places: dict[Any, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(network):
         if not eqx.is_inexact_array(leaf):

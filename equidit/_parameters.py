@@ -80,8 +80,8 @@ def parameter_kinds(network: PyTree) -> PyTree:
     your own is taken for something else, put what it is there by `eqx.tree_at`.
 
     Give optax's masks and labels as functions of the parameters, as in
-    `optax.adamw(1e-4, mask=lambda params: ...)`: it calls whatever can be called, as a network of
-    masks can.
+    `optax.adamw(1e-4, mask=lambda params: ...)`: `optax.partition` calls labels that can be called,
+    as a network of labels can.
 
     ??? cite
 

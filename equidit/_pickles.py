@@ -87,9 +87,9 @@ def read_torch(path: Path) -> Any:
             ) from error
         if "mmap can only be used" in text:
             raise ValueError(
-                f"{path} is older than PyTorch 1.6, or no file of PyTorch's, and nothing in it was "
-                "executed: it cannot be mapped into memory. Download it again, or load it in "
-                "PyTorch, where you trust its source, and save it once more"
+                f"{path} is truncated, no file of PyTorch's, or older than PyTorch 1.6, and "
+                "nothing in it was executed: it cannot be mapped into memory. Download it again, "
+                "or load it in PyTorch, where you trust its source, and save it once more"
             ) from error
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than weights, and nothing in it was "

@@ -52,7 +52,8 @@ class Partial:
         - `settings`: what the arrays depend on, as JSON.
         - `arrays`: their shapes and dtypes. Along the first axis, which is as long in all of them,
             they are cut into groups of `size` rows; the last may have fewer.
-        - `overwrite`: whether a finished result may be replaced in the end.
+        - `overwrite`: whether a finished result may be replaced in the end, and unfinished work of
+            other settings now. Of that, what has no group yet may go in any case.
 
         **Raises:**
 
@@ -64,9 +65,12 @@ class Partial:
         groups = -(-count // size)
         # Before format 2 a group could lie in rows that were another's.
         settings = settings | {"format of unfinished work": 2}
-        self._check(settings, overwrite)
+        other = self._check(settings, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self._lock):
+            if other:
+                for path in (self._settings, self._done, *self.folder.glob("*.npy")):
+                    path.unlink(missing_ok=True)
             if not self._settings.exists():
                 for name, (shape, dtype) in arrays.items():
                     _allocate(self.array_path(name), shape, np.dtype(dtype))
@@ -95,13 +99,14 @@ class Partial:
             f"{self.folder / name} is damaged{why}: delete that folder, and the work begins anew"
         )
 
-    def _check(self, settings: dict[str, Any], overwrite: bool) -> None:
+    def _check(self, settings: dict[str, Any], overwrite: bool) -> bool:
+        """Whether what is there is of other settings, but may go: no group of it, or unwanted."""
         if self.folder.exists():
             known = {"lock", "done", "settings.json", "settings.json.partial"}
             names = {path.name for path in self.folder.iterdir() if path.suffix != ".npy"}
             if names - known:
                 raise FileExistsError(f"{self.folder} holds other things: choose another --out")
-        saved = None
+        saved, other = None, False
         if self._settings.exists():
             try:
                 saved = json.loads(self._settings.read_text())
@@ -111,16 +116,22 @@ class Partial:
                 raise self._damaged("settings.json", f": {error}") from error
             now = json.loads(json.dumps(settings))
             differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
-            if differ:
+            if differ and (overwrite or not self._begun()):
+                saved, other = None, True
+            elif differ:
                 listed = ", ".join(f"{n}={now.get(n)} (was {saved.get(n)})" for n in differ)
                 raise ValueError(
                     f"{self.folder} was begun with other settings: {listed}. Go on with those, "
-                    "delete that folder, or choose another --out"
+                    "begin anew (--overwrite), or choose another --out"
                 )
         if self.result.exists() and not overwrite and not (saved and self.complete()):
             raise FileExistsError(
                 f"{self.result} exists: choose another --out, or replace it (--overwrite)"
             )
+        return other
+
+    def _begun(self) -> bool:
+        return self._done.is_file() and any(self._done.read_bytes())
 
     def complete(self) -> bool:
         """Whether every group is done."""

@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from ._common import check_choice, upcast
@@ -242,7 +243,7 @@ class Schedule(eqx.Module):
 
 def at(table: Float[Array, " steps"], t: Index) -> Float[Array, ""]:
     """A table's entry at step `t`; `ValueError` or, if `t` is traced, NaN where there is none."""
-    if isinstance(t, int | np.integer) and not 0 <= t < table.shape[0]:
+    if not isinstance(t, Tracer) and not 0 <= int(t) < table.shape[0]:
         raise ValueError(f"t={t} is no index of a schedule of {table.shape[0]} steps")
     # A traced index out of range gives NaN rather than, silently, the nearest step.
     return table.at[t].get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)

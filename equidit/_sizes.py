@@ -7,11 +7,10 @@ import math
 import re
 from typing import Any
 
-from ._common import brief
+from ._common import brief, check_statistics
 from ._files import Tensor, Weights
 from ._names import AUTOENCODER, DIFFUSERS, OFFICIAL, Table, name_of
 from .configs import CONFIGS, Config
-from .vae import check_statistics
 
 Shapes = dict[str, tuple[int, ...]]
 

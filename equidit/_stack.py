@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from ._common import Module, check_choice, check_positive
+from ._common import Module, check_choice, check_module, check_positive
 from ._parts import Part, whole
 from ._types import Conditioning, PRNGKey
 
@@ -64,7 +64,13 @@ class Stack(Module):
         check_positive(depth=depth)
         if remat is not None:
             check_choice("remat", remat, _REMAT_POLICIES)
-        self.blocks = eqx.filter_vmap(lambda k: make_block(key=k))(jax.random.split(key, depth))
+
+        def make(key: PRNGKey) -> Any:
+            block = make_block(key=key)
+            check_module("what make_block returns", block)
+            return block
+
+        self.blocks = eqx.filter_vmap(make)(jax.random.split(key, depth))
         self.depth = depth
         self.remat = remat
 

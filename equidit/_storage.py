@@ -88,6 +88,7 @@ def locked(path: StrPath) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(
-                f"another process is at work in {Path(path).parent}: wait for it, or end it"
+                f"another process is at work in {Path(path).parent}: wait for it, or end it. If it "
+                "is this one, what it opened there before is still open: close that"
             ) from None
         yield

@@ -122,20 +122,19 @@ class ArraySource:
 
         **Raises:**
 
-        `ValueError` if there are no arrays, or they do not share their first axis, and for a list.
+        `ValueError` if there are no arrays, or they do not share their first axis.
         """
-        leaves = jax.tree_util.tree_leaves_with_path(arrays, is_leaf=lambda a: isinstance(a, list))
+        leaves = jax.tree_util.tree_leaves_with_path(arrays)
         named = [(f"arrays{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves]
-        if lists := [(name, leaf) for name, leaf in named if isinstance(leaf, list)]:
+        if single := [(name, leaf) for name, leaf in named if not np.ndim(leaf)]:
             raise ValueError(
-                f"{lists[0][0]} is a list of {len(lists[0][1])}: of examples make one array, by "
-                "np.stack or np.asarray, and give several arrays as a tuple or a dictionary"
+                f"{single[0][0]} is {brief(repr(single[0][1]), 60)}, no array of examples: lists "
+                "are trees, so make them arrays by np.asarray"
             )
         self.arrays = jax.tree.map(np.asanyarray, arrays)
-        shapes = {name: np.shape(leaf) for name, leaf in named}
-        sizes = {shape[:1] for shape in shapes.values()}
-        if len(sizes) != 1 or () in sizes:
-            found = brief(", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+        sizes = {np.shape(leaf)[:1] for _, leaf in named}
+        if len(sizes) != 1:
+            found = brief(", ".join(f"{name} {np.shape(leaf)}" for name, leaf in named))
             raise ValueError(
                 "arrays must share their first axis, one entry an example, but have the shapes "
                 f"{found or 'of none, since there are none'}: cut the longer ones"

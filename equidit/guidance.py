@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._common import Module, upcast
+from ._common import Module, check_share, upcast
 from ._types import Network, Number, PRNGKey, Scalar
 
 Cond = TypeVar("Cond")
@@ -35,8 +35,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> 
 
         Algorithm 1 of [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598).
     """
-    if isinstance(probability, Number) and not 0 <= probability <= 1:
-        raise ValueError(f"probability={probability} must lie in [0, 1]")
+    check_share(probability=probability)
     _check_structure(null, label)
     dropped = jax.random.bernoulli(key, jnp.asarray(probability, jnp.float32))
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from ._blocks import AdaLNZeroBlock
+from ._common import choose_from
 from ._conditioning import LabelConditioner
 from ._dit import DiT
 from ._files import (
@@ -268,7 +269,8 @@ def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> Di
 def _checked_arithmetic(arithmetic: str | None) -> str:
     if arithmetic is None or arithmetic not in ("official", "diffusers"):
         raise ValueError(
-            f"arithmetic={arithmetic!r} must be 'official' or 'diffusers'. 'official' is what the "
+            f"arithmetic={arithmetic!r} is unknown: "
+            f"{choose_from(('official', 'diffusers'), str(arithmetic))}. 'official' is what the "
             "published weights were trained in: timestep frequencies 10000 ** (-i / 128), norms' "
             "epsilon 1e-6. 'diffusers' is what its DiTPipeline computes of any weights: "
             "10000 ** (-i / 127), and 1e-5 before the MLPs; it is for models trained in diffusers"

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Int, PyTree
 
 from ._arguments import accepting
-from ._common import check_positive
+from ._common import check_positive, check_share
 from ._ema import (
     Decay as Decay,
     ema_update as ema_update,
@@ -226,6 +226,9 @@ def make_train_step(
         )
     if dtype is not None:
         check_dtype(dtype)
+    decays = ema_decay if isinstance(ema_decay, Mapping) else {"": ema_decay}
+    for name, decay in decays.items():
+        check_share(**{f"ema_decay[{name!r}]" if name else "ema_decay": decay})
     devices = 1 if mesh is None else mesh.shape["data"]
     ordered = ordered_sums
     if ordered is None:

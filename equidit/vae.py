@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import Module, brief, check_channels, check_positive, upcast
+from ._common import Module, check_channels, check_positive, check_statistics, upcast
 from ._layers import Attention, parameter
 from ._types import Number, PRNGKey
 
@@ -434,29 +434,3 @@ def _up(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
         if stage.resample is not None:
             x = stage.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
     return coder.leave(x)
-
-
-def check_statistics(mean: Any, std: Any, shift: float, channels: int) -> None:
-    """`ValueError` unless these can be the statistics of an autoencoder's latents, or are none."""
-    given = {"latents_mean": mean, "latents_std": std}
-    if not (given := {name: values for name, values in given.items() if values is not None}):
-        return
-    for name, values in given.items():
-        least = 1e-30 if name == "latents_std" else -1e30
-        if not _numbers(values, channels) or min(values) <= least:
-            raise ValueError(
-                f"{name}={brief(repr(values))} must be {channels} finite numbers, one a channel"
-                f"{', all positive' if name == 'latents_std' else ''}"
-            )
-    if len(given) == 1:
-        raise ValueError(f"{min(given)} is given alone: latents_mean and latents_std go together")
-    if shift:
-        raise ValueError(f"shift_factor={shift} must be 0 beside latents_mean, which stands for it")
-
-
-def _numbers(values: Any, count: int) -> bool:
-    if not isinstance(values, list | tuple | np.ndarray | Array) or len(values) != count:
-        return False
-    values = np.asarray(values) if isinstance(values, Array) else values
-    kinds = int | float | np.integer | np.floating
-    return all(isinstance(v, kinds) and type(v) is not bool and abs(v) < 1e30 for v in values)

@@ -83,6 +83,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "guide": (lambda s: edt.guide(NETWORK, s, 10)(X, T, LABEL), jnp.asarray(2.0)),
     "drop_label": (lambda *a: edt.drop_label(*a, key=KEY), LABEL, 10, jnp.asarray(0.5)),
     "ema_update": (edt.ema_update, NETWORK, NETWORK, jnp.asarray(0.5)),
+    "ema_warmup": (lambda t: edt.ema_warmup(0.9)(t), T),
+    "power_ema_decay": (lambda t: edt.power_ema_decay(0.1)(t), T),
     "muon": (muon_update, jnp.asarray(0.1)),
     "TrainState.__init__": (edt.TrainState, T, NETWORK, NETWORK, ()),
     "Autoencoder.encode": (AUTOENCODER.encode, X),

@@ -180,7 +180,7 @@ def test_bad_settings_write_nothing(tmp_path, capsys, arguments, words):
         (["--labels", "3,10"], ["label 10", "0 to 9"]),
         (["--labels", "-1"], ["label -1", "0 to 9"]),
         (["--labels", ""], ["labels=", "no whole number such as those of 3,1,4"]),
-        (["--labels", "3,x"], ["labels='3,x'", "'x' is no whole number", "did you mean"]),
+        (["--labels", "3,x"], ["labels='3,x'", "'x' is no whole number", "choose from"]),
         (["--labels"], ["labels=", "no whole number"]),
         (["--steps", 1001], ["1001", "1000"]),
         (["--steps", 0], ["0"]),
@@ -294,8 +294,14 @@ def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number)
 def test_labels_by_name():
     classes = ("cat", "dog", "7", "tabby, cat")
     assert cli._numbers(["dog", "0", "cat", " 3"], classes) == [1, 0, 0, 3]
-    # A name is a name, also where it looks like a number.
-    assert cli._numbers(["7"], classes) == [2]
+    # A name that looks like a number is asked which it is, but for a class of that number.
+    with pytest.raises(ValueError, match=r"'7' is the name of class number 2: write =7 .* \+7"):
+        cli._numbers(["7"], classes)
+    assert cli._numbers(["=7", "+7", "=dog", "2"], classes) == [2, 7, 1, 2]
+    assert cli._numbers(["1", "0"], ("0", "1")) == [1, 0]
+    for word in ("0", "1"):
+        with pytest.raises(ValueError, match=f"{word}.* is the name of class number"):
+            cli._numbers([word], ("1", "0"))
     with pytest.raises(ValueError, match=r"'dgo' is no whole number.*did you mean 'dog'"):
         cli._numbers(["cat", "dgo"], classes)
     with pytest.raises(ValueError, match=r"'dog' is no whole number such as those of 3,1,4$"):

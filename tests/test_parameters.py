@@ -367,3 +367,15 @@ def test_kinds_are_plain_data():
     assert kind == edt.ParameterKind("hidden", layers=1, parts=3)
     assert dataclasses.replace(kind, parts=1) != kind
     assert hash(kind) == hash(edt.ParameterKind("hidden", 1, 3))
+
+
+def test_norms_of_equinox_have_scales_however_they_are_stacked():
+    norms = eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(8))(jnp.arange(4))
+    kinds = edt.parameter_kinds({"norm": norms, "group": eqx.nn.GroupNorm(2, 8)})
+    assert kinds["norm"].weight.kind == kinds["group"].weight.kind == "scale"
+    assert kinds["norm"].bias.kind == "bias"
+
+
+def test_a_wrong_option_of_muon_is_refused_at_once():
+    with pytest.raises(TypeError, match="weight_decya"):
+        edt.muon(1e-3, weight_decya=0.1)

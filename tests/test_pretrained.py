@@ -185,7 +185,7 @@ def test_other_networks_are_refused(change, message):
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="choose from official, diffusers"):
+    with pytest.raises(ValueError, match="hoose from official, diffusers"):
         pretrained.from_state_dict(official(golden("dit_tiny")), num_heads=2, arithmetic="theirs")
 
 

@@ -37,6 +37,30 @@ def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
     assert rows[:, 0].tolist() == [0.5] * 4 + [1.0] * 4 + [2.0] * 2
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("groups", [0, 1])
+def test_work_of_other_settings_goes_if_none_is_done_or_it_is_unwanted(tmp_path, groups, overwrite):
+    work = Partial(tmp_path / "result")
+    with work.open({"seed": 0}, {"old": ((7, 2), np.float32)}, 3):
+        for group in range(groups):
+            work.write(group, old=np.ones((3, 2)))
+    again = Partial(tmp_path / "result")
+    if groups and not overwrite:
+        with (
+            pytest.raises(ValueError, match=r"seed=1 \(was 0\).*--overwrite"),
+            again.open({"seed": 1}, ARRAYS, 4, overwrite=overwrite),
+        ):
+            pass
+        assert work.remaining() == [1, 2]
+        return
+    with again.open({"seed": 1}, ARRAYS, 4, overwrite=overwrite):
+        assert again.remaining() == [0, 1, 2]
+        for group in range(3):
+            again.write(group, a=np.full((len(again.rows(group)), 3), group))
+        again.finish_folder()
+    assert [path.name for path in (tmp_path / "result").iterdir()] == ["a.npy"]
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.randoms(use_true_random=False))
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_every_row_is_written_once_by_the_group_that_owns_it(count, size, random):
@@ -94,10 +118,10 @@ def test_work_of_before_is_not_gone_on_with(tmp_path):
     """It has no format, and may have groups in the rows of others."""
     work = Partial(tmp_path / "result")
     with work.open({"seed": 0}, ARRAYS, 4):
-        pass
+        work.write(0, a=np.ones((4, 3)))
     (work.folder / "settings.json").write_text('{"seed": 0}')
     with (
-        pytest.raises(ValueError, match=r"format of unfinished work=2 \(was None\).*delete that"),
+        pytest.raises(ValueError, match=r"format of unfinished work=2 \(was None\).*begin anew"),
         work.open({"seed": 0}, ARRAYS, 4),
     ):
         pass

@@ -163,6 +163,75 @@ def test_the_loss_is_told_to_the_optimizer():
     assert told == [float(metrics["loss"])]
 
 
+@pytest.mark.parametrize("kind", ["required", "optional"])
+def test_the_loss_is_told_by_its_name(kind):
+    told = []
+
+    def required(updates, state, params, *, value):
+        return updates, told.append(value) or state
+
+    def optional(updates, state, params=None, value=None):
+        return updates, told.append(value) or state
+
+    optimizer = optax.GradientTransformation(
+        lambda params: (), required if kind == "required" else optional
+    )
+    edt.make_train_step(simple, optimizer)(edt.init_state(small(), optimizer), BATCH, KEY)
+    assert told[0].shape == ()
+
+
+def test_numbers_beyond_jax_s_are_reported():
+    def beyond(network, example, key):
+        return simple(network, example, key), {"a": 2**40, "b": np.int64(2**40), "c": np.float64(2)}
+
+    _, metrics = edt.make_train_step(beyond, SGD)(edt.init_state(small(), SGD), BATCH, KEY)
+    assert [float(metrics[name]) for name in "abc"] == [2.0**40, 2.0**40, 2.0]
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_a_network_of_numpy_arrays_trains(sharding):
+    options = {"mesh": mesh(2), "sharding": sharding}
+    states = [
+        edt.make_train_step(simple, SGD, **options)(edt.init_state(network, SGD), BATCH, KEY)[0]
+        for network in (small(), jax.device_get(small()))
+    ]
+    assert difference(states[0].network, states[1].network) == 0
+
+
+class Hidden:
+    """Holds a network where JAX does not see it."""
+
+    def __init__(self):
+        self.network = small()
+
+    def __call__(self, x, t, cond):
+        return self.network(x, t, cond)
+
+
+def test_what_has_no_parameters_is_not_trained():
+    for network in (Hidden(), lambda x, t, cond: x, {}):
+        with pytest.raises(ValueError, match="without floating-point arrays"):
+            edt.init_state(network, SGD)
+
+
+def test_arrays_that_jax_does_not_see_are_refused():
+    options = {"hidden_size": 8, "depth": 1, "num_heads": 1, "key": KEY}
+    with pytest.raises(ValueError, match="conditioner is a Hidden, which is no pytree"):
+        edt.DiT(1, 2, num_classes=None, conditioner=Hidden(), **options)
+    with pytest.raises(ValueError, match="make_block returns is a Hidden, which is no pytree"):
+        edt.DiT(1, 2, num_classes=3, block=lambda *_, key: Hidden(), **options)
+    # A function has none.
+    edt.DiT(1, 2, num_classes=None, conditioner=lambda t, cond: cond, **options)
+
+
+@pytest.mark.parametrize("decay", [1.5, -0.1, {"a": 0.5, "b": 2}])
+def test_averages_that_are_none(decay):
+    with pytest.raises(ValueError, match=r"ema_decay.* must lie in \[0, 1\]"):
+        edt.make_train_step(simple, SGD, ema_decay=decay)
+    with pytest.raises(ValueError, match="decay=2"):
+        edt.ema_warmup(2)
+
+
 def test_an_optimizer_that_wants_more():
     optimizer = optax.lbfgs()
     with pytest.raises(TypeError, match="value_fn") as error:
@@ -207,6 +276,8 @@ WRONG_LOSSES: dict[str, tuple[Any, str]] = {
     "a whole number": (lambda n, e, k: e[1], r"i32\[\].*floating-point"),
     "a taken name": (lambda n, e, k: (e[0].sum(), {"losses": 1.0}), "'losses'.*grad_norm"),
     "no name": (lambda n, e, k: (e[0].sum(), {3: 1.0}), "named 3"),
+    "a complex number": (lambda n, e, k: (e[0].sum(), {"a": jnp.asarray(1j)}), "one number"),
+    "a key": (lambda n, e, k: (e[0].sum(), {"a": k}), "one number"),
 }
 
 

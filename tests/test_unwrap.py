@@ -334,7 +334,7 @@ def test_refused(tmp_path, name):
 def test_the_older_format_of_pytorch(tmp_path):
     """It cannot be mapped into memory."""
     torch.save(STATE, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"a.pt is older than PyTorch 1.6"):
+    with pytest.raises(ValueError, match=r"a.pt is .*older than PyTorch 1.6"):
         pretrained.load_dit(tmp_path / "a.pt", num_heads=2)
 
 
