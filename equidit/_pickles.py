@@ -2,10 +2,11 @@
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ._types import StrPath
 
 
 class _Unread:
@@ -65,7 +66,7 @@ _SAFE: list[Any] = [
 ]
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: StrPath) -> Any:
     """What a file holds, its arrays mapped into memory; `ValueError` if it is more than weights."""
     try:
         import torch

@@ -98,7 +98,8 @@ def test_traced_and_plain_indices_agree():
     assert tree_allclose(traced, dfn.q_sample(s, x0, 7, noise), 1e-6)
     for t in (-1, 1000):
         assert np.isnan(jax.jit(dfn.q_sample)(s, x0, jnp.asarray(t), noise)).all()
-        for known in (t, np.int64(t), np.asarray(t), jnp.asarray(t)):
+        forms: tuple[Any, ...] = (t, np.int64(t), np.asarray(t), jnp.asarray(t))
+        for known in forms:
             with pytest.raises(ValueError, match=f"t={t} is no index of a schedule of 1000 steps"):
                 dfn.q_sample(s, x0, known, noise)
 

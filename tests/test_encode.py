@@ -92,13 +92,14 @@ def test_damaged_pictures(pictures, vae, tmp_path, capsys):
     assert not out.exists()
     with pytest.raises(FileNotFoundError, match="not finished: run the same"):
         open_latents(out)
-    assert "skip_corrupt=True" in error_of(capsys, *options(pictures, vae, out), "--skip-corrupt")
     # The picture is mended, and the work goes on.
     (pictures / "dog/1.png").write_bytes(whole)
     assert run(*options(pictures, vae, out)) == 0
     (pictures / "dog/1.png").write_bytes(whole[:100])
     skipping = tmp_path / "skipping"
     capsys.readouterr()
+    # Nothing is done when it stops, so that other settings are no reason against going on.
+    assert "dog/1.png is no picture" in error_of(capsys, *options(pictures, vae, skipping))
     assert run(*options(pictures, vae, skipping), "--skip-corrupt") == 0
     printed = capsys.readouterr().out
     assert "4 pictures of 2 classes" in printed

@@ -38,7 +38,7 @@ from equidit.diffusion import Schedule, linear_betas
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
-INNER = {"cli", "_orbax", "_folder", "_files"}
+INNER = {"cli", "_orbax", "_folder", "_files", "_pickles"}
 RECORDS = {"ImageFolder.__init__"}
 
 
@@ -151,6 +151,7 @@ def locked(path):
 READ = {
     "image_folder": ("pictures", lambda p: data.image_folder(p).label),
     "read_image": ("pictures/a/1.png", lambda p: data.read_image(p, 8)),
+    "mapped": ("latents/mean.npy", lambda p: np.array(_storage.mapped(p))),
     "open_latents": ("latents", lambda p: np.array(data.open_latents(p).mean)),
     "LatentSource.__init__": ("latents", lambda p: data.LatentSource(p).read(0, rng())),
     "LatentSource.__setstate__": ("latents", lambda p: data.LatentSource(p).read(0, rng())),

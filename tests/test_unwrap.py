@@ -397,7 +397,7 @@ def test_folders_with_wrapped_names(tmp_path, prefix):
 
 @pytest.mark.parametrize("arithmetic", [None, "theirs"])
 def test_an_arithmetic_is_to_be_said(tmp_path, arithmetic):
-    with pytest.raises(ValueError, match=f"arithmetic={arithmetic!r} must be") as error:
+    with pytest.raises(ValueError, match=f"arithmetic={arithmetic!r} is unknown") as error:
         pretrained.load_diffusers_dit(tmp_path, arithmetic=arithmetic)
     for word in ("'official'", "trained in", "'diffusers'", "DiTPipeline", "128", "127", "1e-5"):
         assert word in str(error.value)
