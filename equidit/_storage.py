@@ -60,7 +60,7 @@ def mapped(path: StrPath, mode: Literal["r", "r+"] = "r") -> np.memmap:
     size, expected = os.stat(path).st_size, match.end() + math.prod(shape) * dtype.itemsize
     if size != expected or len(shape) > 32 or 0 in shape:
         raise ValueError(f"{path} is damaged: {dtype}{list(shape)} in {size} bytes")
-    return np.memmap(path, dtype, mode, match.end(), shape)
+    return np.memmap(os.fspath(path), dtype, mode, match.end(), shape)
 
 
 def append(path: StrPath, text: str) -> None:
