@@ -100,7 +100,9 @@ def _check_types(settings: Settings, about: About) -> None:
     """`TypeError` naming the first value that is not of its field's type."""
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
-        if not is_bearable(value, field.type):  # pyright: ignore[reportArgumentType]
+        # To Python true and false are numbers too.
+        wrong = type(value) is bool and field.type is not bool
+        if wrong or not is_bearable(value, field.type):  # pyright: ignore[reportArgumentType]
             raise TypeError(f"{field.name}={value!r} is of another type")
     shape, classes = about.shape, about.classes
     if [type(size) for size in shape] != [int] * 3 or not all(0 < n < 2**31 for n in shape):

@@ -420,6 +420,8 @@ def changed(content, **changes):
     "change",
     [
         {"steps": None},
+        {"steps": False},
+        {"learning_rate": True},
         {"steps": 5e-324},
         {"learning_rate": "0"},
         {"data": [[]]},
