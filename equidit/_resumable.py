@@ -102,9 +102,10 @@ class Partial:
     def _check(self, settings: dict[str, Any], overwrite: bool) -> bool:
         """Whether what is there is of other settings, but may go: no group of it, or unwanted."""
         if self.folder.exists():
-            known = {"lock", "done", "settings.json", "settings.json.partial"}
-            names = {path.name for path in self.folder.iterdir() if path.suffix != ".npy"}
-            if names - known:
+            # The last two are of a result that is nearly there.
+            known = {"lock", "done", "settings.json", "files.txt", "info.json"}
+            names = {path.name.removesuffix(".partial") for path in self.folder.iterdir()}
+            if any(not name.endswith(".npy") for name in names - known):
                 raise FileExistsError(f"{self.folder} holds other things: choose another --out")
         saved, other = None, False
         if self._settings.exists():

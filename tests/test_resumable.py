@@ -37,6 +37,27 @@ def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
     assert rows[:, 0].tolist() == [0.5] * 4 + [1.0] * 4 + [2.0] * 2
 
 
+@pytest.mark.parametrize("name", ["files.txt", "info.json.partial", "info.json"])
+def test_what_was_killed_just_before_its_end_goes_on(tmp_path, name):
+    work = Partial(tmp_path / "result")
+    with work.open({"seed": 0}, ARRAYS, 4):
+        for group in range(3):
+            work.write(group, a=np.full((len(work.rows(group)), 3), group))
+        (work.folder / name).write_text("")
+    again = Partial(tmp_path / "result")
+    with again.open({"seed": 0}, ARRAYS, 4):
+        assert again.complete()
+        again.finish_folder()
+    assert (tmp_path / "result" / "a.npy").exists()
+    (work.folder).mkdir()
+    (work.folder / "thesis.tex").write_text("")
+    with (
+        pytest.raises(FileExistsError, match="holds other things"),
+        Partial(tmp_path / "result").open({"seed": 0}, ARRAYS, 4, overwrite=True),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("groups", [0, 1])
 def test_work_of_other_settings_goes_if_none_is_done_or_it_is_unwanted(tmp_path, groups, overwrite):
