@@ -117,7 +117,9 @@ class Partial:
                 raise self._damaged("settings.json", f": {error}") from error
             now = json.loads(json.dumps(settings))
             differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
-            if differ and (overwrite or not self._begun()):
+            # Ours has `done`, made before its settings: what lacks it is not ours to delete.
+            begun = self._done.read_bytes() if self._done.is_file() else None
+            if differ and begun is not None and (overwrite or not any(begun)):
                 saved, other = None, True
             elif differ:
                 listed = ", ".join(f"{n}={now.get(n)} (was {saved.get(n)})" for n in differ)
@@ -130,9 +132,6 @@ class Partial:
                 f"{self.result} exists: choose another --out, or replace it (--overwrite)"
             )
         return other
-
-    def _begun(self) -> bool:
-        return self._done.is_file() and any(self._done.read_bytes())
 
     def complete(self) -> bool:
         """Whether every group is done."""

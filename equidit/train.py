@@ -88,8 +88,8 @@ def init_state(
 
     **Raises:**
 
-    `ValueError` for a network that a training step has donated, and for one that holds the same
-    array in two places.
+    `ValueError` for a network that a training step has donated, for one that holds the same array
+    in two places, and for one without floating-point arrays.
     """
     check_network(network)
     # NumPy's arrays are parameters too, and buffers of a device are what a step donates.

@@ -247,7 +247,8 @@ def _optional(layer: Any, x: Array) -> Array:
 
 
 def _check_channels(name: str, x: Array, conv: "_Conv") -> None:
-    check_channels(name, x, (wanted := conv.weight.shape[1]), f"the autoencoder takes {wanted}")
+    channels = conv.weight.shape[1]
+    check_channels(name, x, channels, f"the autoencoder takes {channels}")
 
 
 class _Conv(eqx.Module):

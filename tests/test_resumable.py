@@ -37,6 +37,20 @@ def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
     assert rows[:, 0].tolist() == [0.5] * 4 + [1.0] * 4 + [2.0] * 2
 
 
+def test_arrays_of_others_are_never_deleted(tmp_path):
+    work = Partial(tmp_path / "result")
+    work.folder.mkdir()
+    (work.folder / "settings.json").write_text('{"theirs": 1}')
+    np.save(work.folder / "theirs.npy", np.ones(3))
+    for overwrite in (False, True):
+        with (
+            pytest.raises(ValueError, match="begun with other settings"),
+            work.open({"seed": 0}, ARRAYS, 4, overwrite=overwrite),
+        ):
+            pass
+    assert (np.load(work.folder / "theirs.npy") == 1).all()
+
+
 @pytest.mark.parametrize("name", ["files.txt", "info.json.partial", "info.json"])
 def test_what_was_killed_just_before_its_end_goes_on(tmp_path, name):
     work = Partial(tmp_path / "result")
