@@ -30,8 +30,8 @@ import numpy as np
 import optax
 
 import equidit as edt
-from equidit._fingerprint import fingerprint
 from equidit.checkpoint import CheckpointError, Checkpoints
+from equidit.checkpoint.hashing import fingerprint
 
 from .common import RESULTS, interleaved, median, write
 

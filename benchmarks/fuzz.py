@@ -245,7 +245,7 @@ def _quicken() -> None:
     import equinox as eqx
     import jax
 
-    from equidit import _names, pretrained
+    from equidit.pretrained import names, networks
 
     found: dict[str, Any] = {}
 
@@ -255,17 +255,17 @@ def _quicken() -> None:
             found[name] = function(*arguments, **options)
         return found[name]
 
-    make, shape = pretrained._skeleton, eqx.filter_eval_shape
-    put(pretrained, "_skeleton", lambda *arguments: once(make, *arguments))
+    make, shape = networks._skeleton, eqx.filter_eval_shape
+    put(networks, "_skeleton", lambda *arguments: once(make, *arguments))
 
     def shapes(function: Any, *arguments: Any, **options: Any) -> Any:
         if arguments:
             return shape(function, *arguments, **options)
         return once(lambda **given: shape(function, **given), **options)
 
-    put(pretrained, "eqx", SimpleNamespace(filter_eval_shape=shapes))
+    put(networks, "eqx", SimpleNamespace(filter_eval_shape=shapes))
     kept = {"tree": jax.tree, "tree_util": jax.tree_util, "Array": jax.Array}
-    put(_names, "jax", SimpleNamespace(**kept, device_put=lambda array, *_, **__: array))
+    put(names, "jax", SimpleNamespace(**kept, device_put=lambda array, *_, **__: array))
 
 
 def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path) -> None:

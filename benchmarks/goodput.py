@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 
-from equidit import _run, _task
-from equidit._folder import Folder
-from equidit._settings import Settings, defaults
+from equidit.runs import loop, task
+from equidit.runs.folder import Folder
+from equidit.runs.settings import Settings, defaults
 
 from .common import median, write
 from .data import make_latents
@@ -28,7 +28,7 @@ from .data import make_latents
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """One run's seconds from the end of its first step to the end of its last, and of the rest."""
     out = Folder(folder)
-    run = _run._Run(settings, out, _task.load(settings))
+    run = loop._Run(settings, out, task.load(settings))
     step, done, outside = run.step, [], []
     left = [0.0]
 

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 import equidit as edt
-from equidit import _report, diffusion as dfn
-from equidit._run import restore_ema
-from equidit._sampling import Sampler, Sampling, draw
-from equidit._settings import SCHEDULE_STEPS
+from equidit import diffusion as dfn
 from equidit.data import DIGITS_CLASSES, DIGITS_SHAPE, Images, digits
+from equidit.runs import report
+from equidit.runs.loop import restore_ema
+from equidit.runs.sampling import Sampler, Sampling, draw
+from equidit.runs.settings import SCHEDULE_STEPS
 
 from .common import RESULTS, write
 
@@ -49,7 +50,7 @@ def figures(network: Any, sampler: Sampler, steps: int, count: int) -> dict[str,
         key=jax.random.key(0),
     )
     image = draw(sampling, label)
-    quality = _report.quality(Images(image, label), *digits())
+    quality = report.quality(Images(image, label), *digits())
     return {
         "accuracy": quality["accuracy"],
         "frechet_over_floor": quality["frechet"] / quality["frechet_floor"],

@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from equidit._folder import Folder
-from equidit._storage import replace
+from equidit._base.disk import replace
+from equidit.runs.folder import Folder
 
 from . import kills
 from .common import RESULTS, write

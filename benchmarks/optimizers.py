@@ -20,11 +20,13 @@ import numpy as np
 import optax
 
 import equidit as edt
-from equidit import _report, _task, diffusion as dfn
-from equidit._losses import hybrid_loss, validation
-from equidit._run import sample
-from equidit._settings import SCHEDULE_STEPS, Settings
+from equidit import diffusion as dfn
 from equidit.data import Images, batches, digits
+from equidit.runs import report
+from equidit.runs.loop import sample
+from equidit.runs.settings import SCHEDULE_STEPS, Settings
+from equidit.runs.task import load
+from equidit.runs.validation import hybrid_loss, validation
 
 from .common import RESULTS, median, origin, writable, write
 
@@ -46,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 def train(name: str, settings: Settings, samples: int) -> dict[str, Any]:
     """The figures of one run, by the recipe of `equidit train digits` but for the optimizer."""
     start = time.perf_counter()
-    task = _task.load(settings)
+    task = load(settings)
     optimizer = OPTIMIZERS[name](settings.learning_rate)
     about = task.about
     config = settings.network(about.shape[0], about.num_classes)
@@ -64,7 +66,7 @@ def train(name: str, settings: Settings, samples: int) -> dict[str, Any]:
     figures = validation(settings, state, task.held_out, None)
     label = np.arange(samples, dtype=np.int32) % about.num_classes
     images = Images(sample(settings, about, state.ema, label), label)
-    figures |= _report.quality(images, *digits())
+    figures |= report.quality(images, *digits())
     return {"seconds": time.perf_counter() - start} | figures
 
 

@@ -20,13 +20,16 @@ from PIL import Image
 from safetensors.numpy import save
 
 import equidit as edt
-from equidit import _checkpoints, _files, _names, _npz, _orbax, _record, pretrained
-from equidit._fingerprint import fingerprints
-from equidit._folder import Folder
-from equidit._resumable import Partial
-from equidit._settings import Settings
-from equidit.checkpoint import Checkpoints
+from equidit import pretrained
+from equidit.checkpoint import Checkpoints, backend, checkpoints
+from equidit.checkpoint.hashing import fingerprints
+from equidit.checkpoint.record import Record, checksum
+from equidit.cli import npz
+from equidit.cli.resumable import Partial
 from equidit.data import ImageError, LatentSource, image_folder, read_image
+from equidit.pretrained import files, names
+from equidit.runs.folder import Folder
+from equidit.runs.settings import Settings
 
 Files = dict[str, list[bytes]]
 PIXELS = 2**20
@@ -83,12 +86,12 @@ def _json(value: Any) -> bytes:
 
 def _dit(arithmetic: str = "official") -> edt.DiT:
     config = edt.Config(1, 4, 1, 1, 1, 2)
-    skeleton = pretrained._skeleton(arithmetic, config)
+    skeleton = pretrained.networks._skeleton(arithmetic, config)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), skeleton)
 
 
 def _arrays(network: Any, table: Any, dtype: Any = np.float16) -> dict[str, np.ndarray]:
-    return {n: np.asarray(a, dtype) for n, a in _names.export(network, table).items()}
+    return {n: np.asarray(a, dtype) for n, a in names.export(network, table).items()}
 
 
 def _tensors() -> Files:
@@ -106,13 +109,13 @@ def _tensors() -> Files:
 
 
 def _read_tensors(folder: Path) -> None:
-    weights = _files.read_file(folder / "a.safetensors")
+    weights = files.read_file(folder / "a.safetensors")
     for tensor in weights.values():
         assert tensor.read().shape == tensor.shape
 
 
 def _official() -> Files:
-    arrays = _arrays(_dit(), _names.OFFICIAL)
+    arrays = _arrays(_dit(), names.OFFICIAL)
     table = np.asarray(edt.sincos_2d(4, (2, 2)), np.float16)[None]
     return {"dit.safetensors": [save(arrays | {"pos_embed": table}), save(arrays)]}
 
@@ -125,13 +128,13 @@ def _read_official(folder: Path) -> None:
 
 def _diffusers() -> Files:
     made = _written(lambda folder: pretrained.save_diffusers_dit(_dit("diffusers"), folder))
-    arrays = _arrays(_dit("diffusers"), _names.DIFFUSERS)
+    arrays = _arrays(_dit("diffusers"), names.DIFFUSERS)
     shards = {"a.safetensors": dict(list(arrays.items())[::2])}
     shards["b.safetensors"] = dict(list(arrays.items())[1::2])
     places = {name: file for file, shard in shards.items() for name in shard}
     return {
         "config.json": [made["config.json"]],
-        _files._INDEX: [_json({"metadata": {"total_size": 1}, "weight_map": places})],
+        files._INDEX: [_json({"metadata": {"total_size": 1}, "weight_map": places})],
         **{file: [save(shard)] for file, shard in shards.items()},
     }
 
@@ -152,7 +155,7 @@ def _autoencoder() -> Files:
     )
     vae = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), skeleton)
     made = _written(lambda folder: pretrained.save_vae(vae, folder))
-    weights = save(_arrays(vae, _names.AUTOENCODER))
+    weights = save(_arrays(vae, names.AUTOENCODER))
     return {"config.json": [made["config.json"]], "diffusion_pytorch_model.safetensors": [weights]}
 
 
@@ -161,7 +164,7 @@ def _torch() -> Files:
 
     import torch
 
-    arrays = _arrays(_dit(), _names.OFFICIAL)
+    arrays = _arrays(_dit(), names.OFFICIAL)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     args = argparse.Namespace(model="DiT-S/2", num_classes=2)
     full = {"model": tensors, "ema": tensors, "opt": {}, "args": args}
@@ -178,7 +181,7 @@ def _samples() -> Files:
         folder.mkdir()
         images = folder / "images.npy"
         np.save(images, np.zeros((1, 2, 2, 3), np.uint8))
-        _npz._wrap(images, np.zeros(1, np.int32), folder / "a.npz", _npz._mark({"seed": 0}))
+        npz._wrap(images, np.zeros(1, np.int32), folder / "a.npz", npz._mark({"seed": 0}))
         images.unlink()
 
     return {"a.npz": [_written(write)["a.npz"]]}
@@ -258,7 +261,7 @@ def _saved() -> tuple[dict[str, jax.Array], dict[str, str]]:
 def _checkpoint() -> Files:
     arrays = {"ema/w": ["float32", [2, 3]], "step": ["int32", []]}
     described = {name: [*array, _saved()[1][name]] for name, array in arrays.items()}
-    record = _record.Record(7, {"step": 7}, _CONFIG, described).to_json()
+    record = Record(7, {"step": 7}, _CONFIG, described).to_json()
     return {"7/record/metadata": [json.dumps(record).encode()]}
 
 
@@ -270,13 +273,11 @@ def _read_checkpoint(folder: Path) -> None:
 
     with (
         # The record alone is foreign.
-        mock.patch.object(_orbax, "read_arrays", read_arrays),
-        mock.patch.object(
-            _checkpoints, "fingerprints", lambda found: {n: digits[n] for n in found}
-        ),
-        Checkpoints(folder, read_only=True) as checkpoints,
+        mock.patch.object(backend, "read_arrays", read_arrays),
+        mock.patch.object(checkpoints, "fingerprints", lambda found: {n: digits[n] for n in found}),
+        Checkpoints(folder, read_only=True) as opened,
     ):
-        restored = checkpoints.restore(_state(), config=_CONFIG)
+        restored = opened.restore(_state(), config=_CONFIG)
         assert restored.step == 7
         assert isinstance(restored.data, dict)
 
@@ -286,7 +287,7 @@ def _sealed(data: bytes) -> bytes:
     try:
         record = json.loads(data)
         content = {name: value for name, value in record.items() if name != "checksum"}
-        return json.dumps(content | {"checksum": _record._checksum(content)}).encode()
+        return json.dumps(content | {"checksum": checksum(content)}).encode()
     except (ValueError, AttributeError, RecursionError):
         return data
 
@@ -403,29 +404,29 @@ READERS = {
         Reader(
             ".npz of samples",
             _samples,
-            lambda folder: _npz._made_with(folder / "a.npz"),
-            modules=("equidit._npz", "zipfile"),
+            lambda folder: npz._made_with(folder / "a.npz"),
+            modules=("equidit.cli.npz", "zipfile"),
         ),
-        Reader("metrics.jsonl", _metrics, _read_metrics, modules=("equidit._folder",)),
-        Reader("safetensors", _tensors, _read_tensors, modules=("equidit._files",)),
+        Reader("metrics.jsonl", _metrics, _read_metrics, modules=("equidit.runs.folder",)),
+        Reader("safetensors", _tensors, _read_tensors, modules=("equidit.pretrained.files",)),
         Reader(
             "run's config.json",
             _run,
             _read_run,
-            modules=("equidit._folder", "equidit._settings", "equidit.configs"),
+            modules=("equidit.runs.folder", "equidit.runs.settings", "equidit.configs"),
         ),
         Reader(
             "cache of latents",
             _latents,
             _read_latents,
-            modules=("equidit._latents", "numpy.lib._format_impl"),
+            modules=("equidit.data.latents", "numpy.lib._format_impl"),
         ),
         Reader(
             "unfinished work",
             _unfinished,
             _read_unfinished,
             errors=(ValueError, FileExistsError),
-            modules=("equidit._resumable", "numpy.lib._format_impl"),
+            modules=("equidit.cli.resumable", "numpy.lib._format_impl"),
             leaves=frozenset({"lock"}),
             opens=frozenset({"a.npy", "label.npy"}),
         ),
@@ -433,7 +434,7 @@ READERS = {
             "names in a folder",
             _names_of_pictures,
             _read_names,
-            modules=("equidit._images",),
+            modules=("equidit.data.images",),
             lay=_lay_names,
         ),
         Reader(
@@ -442,7 +443,7 @@ READERS = {
             _read_picture,
             errors=(ImageError,),
             modules=(
-                "equidit._images",
+                "equidit.data.images",
                 *(f"PIL.{kind}ImagePlugin" for kind in ("Bmp", "Gif", "Jpeg", "Png", "Tiff")),
             ),
             memory=16 * PIXELS,
@@ -451,7 +452,7 @@ READERS = {
             "checkpoint's record",
             _checkpoint,
             _read_checkpoint,
-            modules=("equidit._record", "equidit._checkpoints"),
+            modules=("equidit.checkpoint.record", "equidit.checkpoint.checkpoints"),
             seal=_sealed,
         ),
         Reader(
@@ -459,10 +460,10 @@ READERS = {
             _torch,
             _read_official,
             modules=(
-                "equidit._files",
-                "equidit._pickles",
-                "equidit._unwrap",
-                "equidit._sizes",
+                "equidit.pretrained.files",
+                "equidit.pretrained.pickles",
+                "equidit.pretrained.unwrap",
+                "equidit.pretrained.sizes",
                 "torch._weights_only_unpickler",
                 "torch._utils",
             ),
@@ -471,19 +472,34 @@ READERS = {
             "official DiT",
             _official,
             _read_official,
-            modules=("equidit._files", "equidit._unwrap", "equidit._sizes", "equidit._names"),
+            modules=(
+                "equidit.pretrained.files",
+                "equidit.pretrained.unwrap",
+                "equidit.pretrained.sizes",
+                "equidit.pretrained.names",
+            ),
         ),
         Reader(
             "diffusers' DiT",
             _diffusers,
             _read_diffusers,
-            modules=("equidit._files", "equidit._sizes", "equidit._names", "equidit.pretrained"),
+            modules=(
+                "equidit.pretrained.files",
+                "equidit.pretrained.sizes",
+                "equidit.pretrained.names",
+                "equidit.pretrained.networks",
+            ),
         ),
         Reader(
             "autoencoder",
             _autoencoder,
             lambda folder: pretrained.load_vae(folder),
-            modules=("equidit._files", "equidit._sizes", "equidit._names", "equidit.pretrained"),
+            modules=(
+                "equidit.pretrained.files",
+                "equidit.pretrained.sizes",
+                "equidit.pretrained.names",
+                "equidit.pretrained.networks",
+            ),
         ),
     )
 }

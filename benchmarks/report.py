@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from equidit._common import extra
+from equidit._base.common import extra
 
 Row = dict[str, Any]
 

@@ -41,14 +41,14 @@ def make_files(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     import equidit as edt
-    from equidit import _names
+    from equidit.pretrained import names
 
     network = edt.DiT(4, 2, 16, 1, 4, 10, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
     network = jax.tree.unflatten(structure, leaves)
-    arrays = {n: np.array(a) for n, a in _names.export(network, _names.OFFICIAL).items()}
+    arrays = {n: np.array(a) for n, a in names.export(network, names.OFFICIAL).items()}
     arrays["pos_embed"] = np.array(edt.sincos_2d(16, (4, 4)))[None]
     save_file(arrays, folder / "dit.safetensors")
     vae = edt.Autoencoder(
@@ -83,11 +83,13 @@ def by_loop(what: str, folder: Path, count: int, size: int, out: Path) -> list[n
     import jax.numpy as jnp
 
     import equidit as edt
-    from equidit import _encode, _npz, _sampling, diffusion as dfn
+    from equidit import diffusion as dfn
+    from equidit.cli import encoding, npz
+    from equidit.runs.sampling import Sampling, batches
 
     vae = edt.pretrained.load_vae(folder / "vae")
     if what == "sample":
-        sampling = _sampling.Sampling(
+        sampling = Sampling(
             edt.pretrained.load_dit(folder / "dit.safetensors", num_heads=4),
             dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 2)),
             null=10,
@@ -97,12 +99,12 @@ def by_loop(what: str, folder: Path, count: int, size: int, out: Path) -> list[n
             key=jax.random.key(0),
             decoder=vae,
         )
-        labels = _npz.random_labels(count, 10, jax.random.fold_in(jax.random.key(0), 1))
+        labels = npz.random_labels(count, 10, jax.random.fold_in(jax.random.key(0), 1))
         images = np.zeros((count, 16, 16, 3), np.uint8)
         for first in range(0, count, size):
             rows = np.arange(first, first + size)
-            (found,) = _sampling.batches(sampling, [(labels[rows % count], rows)])
-            images[first : first + size] = _npz.to_bytes(found)[: count - first]
+            (found,) = batches(sampling, [(labels[rows % count], rows)])
+            images[first : first + size] = npz.to_bytes(found)[: count - first]
         return [images, labels]
     from equidit.data import image_folder, read_image
 
@@ -113,7 +115,7 @@ def by_loop(what: str, folder: Path, count: int, size: int, out: Path) -> list[n
         pixels = np.zeros((size, 3, 16, 16), np.uint8)
         for i, name in enumerate(listed.files[first : first + size]):
             pixels[i] = read_image(listed.root / name, 16)
-        found = _encode._moments(vae, mesh, jnp.asarray(pixels))
+        found = encoding._moments(vae, mesh, jnp.asarray(pixels))
         mean[first : first + size], std[first : first + size] = (
             np.asarray(moment)[: count - first] for moment in found
         )

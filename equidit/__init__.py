@@ -1,67 +1,19 @@
 """Diffusion Transformers in JAX: pure functions and shape-typed Equinox modules."""
 
+import importlib as _importlib
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 
 from jaxtyping import install_import_hook as _install_import_hook
 
 # Before the hook: what runs at every call is not itself checked.
-from ._arguments import Finder as _Finder
+from ._base.arguments import Finder as _Finder
 
 # Checks every shape of the library at trace time; JAXTYPING_DISABLE=1 turns it off.
 _checks = _install_import_hook("equidit", "beartype.beartype").hook
 _sys.meta_path.insert(0, _Finder("equidit", _checks))
 
-from . import diffusion as diffusion, hosts as hosts, pretrained as pretrained, vae as vae
-from ._blocks import (
-    AdaLNBlock as AdaLNBlock,
-    AdaLNZeroBlock as AdaLNZeroBlock,
-    CrossAttentionBlock as CrossAttentionBlock,
-    InContextBlock as InContextBlock,
-    TextCrossAttentionBlock as TextCrossAttentionBlock,
-)
-from ._conditioning import (
-    LabelConditioner as LabelConditioner,
-    LabelEmbedder as LabelEmbedder,
-    TextConditioner as TextConditioner,
-    TextEmbedder as TextEmbedder,
-    TimestepConditioner as TimestepConditioner,
-    TimestepEmbedder as TimestepEmbedder,
-)
-from ._counting import count_macs as count_macs
-from ._dit import DiT as DiT
-from ._layers import (
-    MLP as MLP,
-    Attention as Attention,
-    FinalLayer as FinalLayer,
-    LayerNorm as LayerNorm,
-    Linear as Linear,
-    PlainFinalLayer as PlainFinalLayer,
-    RMSNorm as RMSNorm,
-    SwiGLU as SwiGLU,
-)
-from ._ops import (
-    layer_norm as layer_norm,
-    modulate as modulate,
-    patchify as patchify,
-    rms_norm as rms_norm,
-    rotary_2d as rotary_2d,
-    sincos_2d as sincos_2d,
-    timestep_features as timestep_features,
-    unpatchify as unpatchify,
-)
-from ._parameters import (
-    ParameterKind as ParameterKind,
-    muon as muon,
-    parameter_kinds as parameter_kinds,
-)
-from ._stack import Stack as Stack
-from ._types import (
-    Block as Block,
-    Conditioning as Conditioning,
-    Loss as Loss,
-    Network as Network,
-    Optimizer as Optimizer,
-)
+from . import diffusion as diffusion, hosts as hosts, vae as vae
 from .configs import (
     CONFIGS as CONFIGS,
     Config as Config,
@@ -71,6 +23,56 @@ from .configs import (
     num_params as num_params,
 )
 from .guidance import drop_label as drop_label, guide as guide
+from .nn.blocks import (
+    AdaLNBlock as AdaLNBlock,
+    AdaLNZeroBlock as AdaLNZeroBlock,
+    CrossAttentionBlock as CrossAttentionBlock,
+    InContextBlock as InContextBlock,
+    TextCrossAttentionBlock as TextCrossAttentionBlock,
+)
+from .nn.conditioning import (
+    LabelConditioner as LabelConditioner,
+    LabelEmbedder as LabelEmbedder,
+    TextConditioner as TextConditioner,
+    TextEmbedder as TextEmbedder,
+    TimestepConditioner as TimestepConditioner,
+    TimestepEmbedder as TimestepEmbedder,
+)
+from .nn.counting import count_macs as count_macs
+from .nn.dit import DiT as DiT
+from .nn.layers import (
+    MLP as MLP,
+    Attention as Attention,
+    FinalLayer as FinalLayer,
+    LayerNorm as LayerNorm,
+    Linear as Linear,
+    PlainFinalLayer as PlainFinalLayer,
+    RMSNorm as RMSNorm,
+    SwiGLU as SwiGLU,
+)
+from .nn.ops import (
+    layer_norm as layer_norm,
+    modulate as modulate,
+    patchify as patchify,
+    rms_norm as rms_norm,
+    rotary_2d as rotary_2d,
+    sincos_2d as sincos_2d,
+    timestep_features as timestep_features,
+    unpatchify as unpatchify,
+)
+from .nn.parameters import (
+    ParameterKind as ParameterKind,
+    muon as muon,
+    parameter_kinds as parameter_kinds,
+)
+from .nn.stack import Stack as Stack
+from .seams import (
+    Block as Block,
+    Conditioning as Conditioning,
+    Loss as Loss,
+    Network as Network,
+    Optimizer as Optimizer,
+)
 from .train import (
     TrainState as TrainState,
     cast as cast,
@@ -86,4 +88,26 @@ from .train import (
 )
 from .vae import Autoencoder as Autoencoder
 
+if _TYPE_CHECKING:
+    from . import (
+        checkpoint as checkpoint,
+        data as data,
+        devices as devices,
+        metrics as metrics,
+        pretrained as pretrained,
+    )
+
 __version__ = "0.1.0"
+
+_LATER = ("checkpoint", "data", "devices", "metrics", "pretrained")
+
+
+def __getattr__(name: str) -> _Any:
+    """Rooms that a network alone does without are imported when they are first asked for."""
+    if name in _LATER:
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

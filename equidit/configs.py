@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._blocks import (
+from ._base.common import check_choice, check_positive, choose_from, is_parameter
+from .nn.blocks import (
     AdaLNBlock,
     AdaLNZeroBlock,
     CrossAttentionBlock,
     InContextBlock,
     TextCrossAttentionBlock,
 )
-from ._common import check_choice, check_positive, choose_from, is_parameter
-from ._conditioning import TextConditioner
-from ._counting import count_macs
-from ._dit import DiT
-from ._layers import FinalLayer, PlainFinalLayer, hidden_size
-from ._ops import grid_of
-from ._types import Network, Number, PRNGKey
+from .nn.conditioning import TextConditioner
+from .nn.counting import count_macs
+from .nn.dit import DiT
+from .nn.layers import FinalLayer, PlainFinalLayer, hidden_size
+from .nn.ops import grid_of
+from .seams import Network, Number, PRNGKey
 
 
 class _Design(NamedTuple):

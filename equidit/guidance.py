@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._common import Module, check_share, upcast
-from ._types import Network, Number, PRNGKey, Scalar
+from ._base.common import Module, check_share, upcast
+from .seams import Network, Number, PRNGKey, Scalar
 
 Cond = TypeVar("Cond")
 

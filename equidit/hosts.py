@@ -4,7 +4,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ._common import check_positive
+from ._base.common import check_positive
 
 
 def initialize(

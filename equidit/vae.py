@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._common import Module, check_channels, check_positive, check_statistics, upcast
-from ._layers import Attention, parameter
-from ._types import Number, PRNGKey
+from ._base.common import Module, check_channels, check_positive, check_statistics, upcast
+from .nn.layers import Attention, parameter
+from .seams import Number, PRNGKey
 
 _lecun_normal = jax.nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
 

@@ -19,7 +19,7 @@ from jaxtyping import AbstractArray, Array, Float, Int, Key, TypeCheckError
 
 import equidit as edt
 from equidit import diffusion as dfn, metrics, vae
-from equidit._arguments import accepting, union_members
+from equidit._base.arguments import accepting, union_members
 
 X, Y, Z = images(3)
 TOKENS = jax.random.normal(jax.random.key(2), (6, 8))

@@ -16,9 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import equidit as edt
 from benchmarks import faults
-from equidit import _record
-from equidit._orbax import orbax
-from equidit.checkpoint import CheckpointError, Checkpoints
+from equidit.checkpoint import CheckpointError, Checkpoints, backend, record
+from equidit.checkpoint.backend import orbax
 
 pytestmark = pytest.mark.usefixtures("quiet")
 ROOT = Path(__file__).parent.parent
@@ -204,9 +203,8 @@ def test_an_array_that_the_metadata_lost(tmp_path):
 def test_flipped_values_are_seen_by_their_fingerprints(tmp_path, monkeypatch):
     """As if storage had lied: what orbax itself would never notice."""
     save(tmp_path, 1, 2)
-    from equidit import _orbax
 
-    read = _orbax.read_arrays
+    read = backend.read_arrays
 
     def lie(folder, wanted):
         arrays = read(folder, wanted)
@@ -214,7 +212,7 @@ def test_flipped_values_are_seen_by_their_fingerprints(tmp_path, monkeypatch):
             arrays["network/bias"] = arrays["network/bias"].at[3].add(2.0**-20)
         return arrays
 
-    monkeypatch.setattr(_orbax, "read_arrays", lie)
+    monkeypatch.setattr(backend, "read_arrays", lie)
     found = restore(tmp_path)
     assert found.step == 1
     assert "1 of 4 arrays are damaged: network/bias" in found.fell_back[0]
@@ -266,10 +264,10 @@ def test_refused_without_falling_back(tmp_path, how, words):
 
 def test_newer_format(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(_record, "FORMAT", 2)
+    monkeypatch.setattr(record, "FORMAT", 2)
     save(tmp_path, 2)
     assert restore(tmp_path, step=1).step == 1
-    monkeypatch.setattr(_record, "FORMAT", 1)
+    monkeypatch.setattr(record, "FORMAT", 1)
     with pytest.raises(CheckpointError, match="format 2, made by a newer equidit"):
         restore(tmp_path)
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from equidit._fingerprint import fingerprint
+from equidit.checkpoint.hashing import array_hash
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool"]
 
 
 def print_of(array):
-    return int(fingerprint(jnp.asarray(array)))
+    return int(array_hash(jnp.asarray(array)))
 
 
 def random_bits(shape, dtype):
@@ -65,7 +65,7 @@ def test_same_on_any_mesh(spec, axis_type):
     array = random_bits((8, 16), "float32")
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-    assert int(fingerprint(sharded)) == print_of(array)
+    assert int(array_hash(sharded)) == print_of(array)
 
 
 def test_sharded_array_is_not_gathered():
@@ -73,7 +73,7 @@ def test_sharded_array_is_not_gathered():
     like = jax.ShapeDtypeStruct(
         (64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("a"))
     )
-    program = fingerprint.lower(like).compile().as_text() or ""
+    program = array_hash.lower(like).compile().as_text() or ""
     assert "all-gather" not in program
     assert "f32[8,64]" in program
     assert "f32[64,64]" not in program

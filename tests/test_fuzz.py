@@ -24,12 +24,12 @@ import equidit as edt
 from benchmarks import fuzz
 from benchmarks.mutating import LONGEST, mutated
 from benchmarks.readers import READERS, Reader
-from equidit import _files
-from equidit._encode import encode
-from equidit._folder import Folder
-from equidit._resumable import Partial
-from equidit._storage import mapped
+from equidit._base.disk import mapped
+from equidit.cli.encoding import encode
+from equidit.cli.resumable import Partial
 from equidit.data import ImageError, image_folder, open_latents, read_image
+from equidit.pretrained import files
+from equidit.runs.folder import Folder
 
 # Each traces a network anew, or starts with PyTorch.
 INPUTS = {"official DiT": 40, "diffusers' DiT": 40, "autoencoder": 40, ".pt file": 60}
@@ -162,7 +162,7 @@ entries = st.fixed_dictionaries(
 def weights_of(path):
     """The weights in a file, or why it is refused."""
     try:
-        found: Any = _files.read_file(path)
+        found: Any = files.read_file(path)
     except ValueError as error:
         return str(error)
     return found[0] if isinstance(found, tuple) else found

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from equidit._images import left_out
 from equidit.data import ImageError, image_folder, read_image
+from equidit.data.images import left_out
 
 
 def pixels(height, width, channels=3, seed=0):

@@ -8,7 +8,9 @@ from goldens import NUM_HEADS, diffusion_errors, network, network_errors
 from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
 
 import equidit as edt
-from equidit import _conditioning, _objectives, _schedule, _steps, diffusion as dfn
+from equidit import diffusion as dfn
+from equidit.diffusion import losses, schedules, steps
+from equidit.nn import conditioning
 
 
 def _network_fails() -> bool:
@@ -34,17 +36,17 @@ def test_head_count():
 
 
 def test_sin_before_cos(monkeypatch):
-    right = _conditioning.timestep_features
+    right = conditioning.timestep_features
     monkeypatch.setattr(
-        _conditioning, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
+        conditioning, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
     )
     assert _network_fails()
 
 
-@pytest.mark.parametrize("module", ["_blocks", "_layers"])
+@pytest.mark.parametrize("module", ["blocks", "layers"])
 def test_shift_and_scale_swapped(monkeypatch, module):
     swapped = lambda x, shift, scale: edt.modulate(x, scale, shift)  # noqa: E731
-    monkeypatch.setattr(f"equidit.{module}.modulate", swapped)
+    monkeypatch.setattr(f"equidit.nn.{module}.modulate", swapped)
     assert _network_fails()
 
 
@@ -58,8 +60,8 @@ def test_rows_before_columns(monkeypatch):
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_schedule_off_by_one(monkeypatch, shift):
-    right = _schedule.at
-    for module in (_schedule, _objectives, _steps):
+    right = schedules.at
+    for module in (schedules, losses, steps):
         wrong = lambda table, t: right(table, jnp.clip(t + shift, 0, 249))  # noqa: E731
         monkeypatch.setattr(module, "at", wrong)
     errors = diffusion_errors("250")

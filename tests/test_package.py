@@ -1,4 +1,7 @@
 import ast
+import graphlib
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,98 +13,97 @@ from jaxtyping import TypeCheckError
 import equidit as edt
 
 PACKAGE = Path(edt.__file__).parent
-BASE = {"_arguments", "_common", "_parts", "_storage", "_types"}
-# Lower floors first; the three towers stand side by side on `BASE`.
-NETWORK = [
-    "_ops",
-    "_layers",
-    "_conditioning",
-    "_blocks",
-    "_stack",
-    "_dit",
-    "_parameters",
-    "_counting",
-    "configs",
-    "vae",
-    "_pickles",
-    "_files",
-    "_unwrap",
-    "_names",
-    "_sizes",
-    "pretrained",
-]
-PROCESS = ["_schedule", "_objectives", "_steps", "_timesteps", "diffusion", "guidance"]
-TRAINING = [
-    "_ema",
-    "_sharding",
-    "_handover",
-    "train",
-    "hosts",
-    "_fingerprint",
-    "_record",
-    "_orbax",
-    "_together",
-    "_checkpoints",
-    "checkpoint",
-    "_images",
-    "_latents",
-    "data",
-    "metrics",
-    "devices",
-]
-TOP = [
-    "_resumable",
-    "_sampling",
-    "_report",
-    "_settings",
-    "_task",
-    "_folder",
-    "_log",
-    "_losses",
-    "_watch",
-    "_run",
-    "_source",
-    "_npz",
-    "_encode",
-    "cli",
-    "__main__",
-]
+# Lower rooms first. The towers in the middle do not see one another.
+TOWERS = {
+    "base": ["seams", "_base"],
+    "network": ["nn", "configs", "vae", "pretrained"],
+    "process": ["diffusion", "guidance"],
+    "training": ["hosts", "train", "data", "metrics", "devices", "checkpoint"],
+    "commands": ["runs", "cli", "__main__"],
+}
+TOWER = {room: tower for tower, rooms in TOWERS.items() for room in rooms}
+BEFORE = Path(__file__).parent / "data/public_names.txt"
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+LIBRARY = [path for path in FILES if TOWER.get(path.with_suffix("").parts[0]) != "commands"]
 
 
-def _imports(name: str) -> set[str]:
-    """Modules of the package that a module imports, at the top or inside a function."""
+def _named(path: Path) -> tuple[str, ...]:
+    return path.parent.parts if path.stem == "__init__" else path.with_suffix("").parts
+
+
+def _imports(path: Path) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, at the top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-    return found - {"__version__"}
+            here = path.parts[: len(path.parts) - node.level]
+            for alias in node.names:
+                name = (*here, *(node.module.split(".") if node.module else ()), alias.name)
+                is_module = Path(*name).with_suffix(".py") in FILES
+                found.add(name if is_module or Path(*name, "__init__.py") in FILES else name[:-1])
+    return found
 
 
-def test_every_module_has_a_floor():
-    named = {*BASE, *NETWORK, *PROCESS, *TRAINING, *TOP, "__init__"}
-    assert named == {path.stem for path in PACKAGE.glob("*.py")}
+def test_imports_go_down():
+    """No arrow up, no circle, and of the towers the commands alone see another."""
+    graph = {_named(path): _imports(path) for path in FILES if path != Path("__init__.py")}
+    assert {name[0] for name in graph} == set(TOWER)
+    arrows = {(a[0], b[0]) for a in graph for b in graph[a] if a[0] != b[0]}
+    for here, there in arrows:
+        assert [*TOWER].index(there) < [*TOWER].index(here), (here, there)
+        assert TOWER[there] in ("base", TOWER[here]) or TOWER[here] == "commands", (here, there)
+    graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("tower", [NETWORK, PROCESS, TRAINING])
-def test_imports_go_down(tower):
-    for i, name in enumerate(tower):
-        assert _imports(name) <= BASE | set(tower[:i]), name
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=str)
+def test_a_room_begins_with_its_contents(path):
+    """And holds nothing else; the package's own also puts the checks of types in place."""
+    body = ast.parse((PACKAGE / path).read_text()).body
+    assert ast.get_docstring(ast.Module(body, []))
+    if path != Path("__init__.py"):
+        assert all(isinstance(node, ast.ImportFrom) for node in body[1:])
 
 
-def test_top_floor_imports_go_down():
-    below = BASE | {*NETWORK, *PROCESS, *TRAINING}
-    for i, name in enumerate(TOP):
-        assert _imports(name) <= below | set(TOP[:i]), name
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_says_what_it_is(path):
+    assert path == Path("__main__.py") or ast.get_docstring(ast.parse((PACKAGE / path).read_text()))
 
 
-@pytest.mark.parametrize("name", [*sorted(BASE), *NETWORK, *PROCESS, *TRAINING])
-def test_library_neither_prints_nor_reads_the_environment(name):
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+def test_no_file_bears_the_name_of_a_public_function():
+    """It would be hidden by it, or hide it."""
+    for path in FILES:
+        if path.stem in ("__init__", "__main__"):
+            continue
+        room = importlib.import_module(".".join(("equidit", *path.parent.parts)))
+        thing = getattr(room, path.stem, None)
+        assert thing is None or inspect.ismodule(thing), path
+
+
+@pytest.mark.parametrize("name", BEFORE.read_text().split())
+def test_what_was_public_before_there_were_rooms_is_where_it_was(name):
+    module, _, thing = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), thing)
+
+
+def test_rooms_are_attributes_of_the_package():
+    public = [name for name in TOWER if TOWER[name] not in ("base", "commands")]
+    code = f"""
+import equidit
+for name in {public}:
+    assert name in dir(equidit) and getattr(equidit, name).__name__ == f"equidit.{{name}}"
+assert not hasattr(equidit, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_library_neither_prints_nor_reads_the_environment(path):
+    tree = ast.parse((PACKAGE / path).read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert "print" not in names
     assert not {"environ", "getenv"} & attributes
-    assert name == "_storage" or "open" not in names
+    assert path == Path("_base/disk.py") or "open" not in names
 
 
 def test_import_needs_the_core_alone():
@@ -125,7 +127,8 @@ for name in {extras}:
         sys.modules[name] = None
 before = set(sys.modules)
 import equidit
-assert not [n for n in sys.modules if n.startswith("equidit.") and n.split(".")[1] in {TOP}]
+rooms = {{n.split(".")[1] for n in sys.modules if n.startswith("equidit.")}}
+assert not rooms & {{*{TOWERS["commands"]}}}
 import equidit.__main__
 sys.argv = ["equidit", "train"]
 assert equidit.__main__.main() == 1

@@ -16,29 +16,21 @@ from jaxtyping import TypeCheckError
 from PIL import Image
 
 import equidit as edt
-from equidit import (
-    _encode,
-    _npz,
-    _report,
-    _resumable,
-    _run,
-    _source,
-    _storage,
-    _task,
-    data,
-    pretrained,
-)
-from equidit._arguments import union_members
-from equidit._folder import Folder
-from equidit._sampling import Sampling
-from equidit._settings import Settings
+from equidit import data, pretrained
+from equidit._base import disk
+from equidit._base.arguments import union_members
 from equidit.checkpoint import Checkpoints
+from equidit.cli import encoding, npz, resumable, sources
 from equidit.diffusion import Schedule, linear_betas
+from equidit.runs import loop, report, task
+from equidit.runs.folder import Folder
+from equidit.runs.sampling import Sampling
+from equidit.runs.settings import Settings
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
-INNER = {"cli", "_orbax", "_folder", "_files", "_pickles"}
+INNER = {"cli.main", "checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"}
 RECORDS = {"ImageFolder.__init__"}
 
 
@@ -69,14 +61,14 @@ def there(tmp_path_factory, compile_quickly):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "orange").save(folder / name)
     vae = pretrained.load_vae(folder / "vae")
-    _encode.encode(vae, data.image_folder(folder / "pictures"), folder / "latents", size=8)
+    encoding.encode(vae, data.image_folder(folder / "pictures"), folder / "latents", size=8)
     save_dit(folder / "diffusers")
     settings, run = Settings(hidden_size=8, depth=1, num_heads=1), Folder(folder / "run")
-    about = _task.About((1, 8, 8), ("a", "b"), None)
+    about = task.About((1, 8, 8), ("a", "b"), None)
     run.path.mkdir()
     run.begin(settings, about, 1)
     with Checkpoints(run.checkpoints) as checkpoints:
-        checkpoints.save(1, _run.new_state(settings, about, None))
+        checkpoints.save(1, loop.new_state(settings, about, None))
     return folder
 
 
@@ -100,12 +92,12 @@ def saved(path):
 
 def encoded(path, there):
     folder = data.image_folder(there / "pictures")
-    _encode.encode(pretrained.load_vae(there / "vae"), folder, path, size=8)
+    encoding.encode(pretrained.load_vae(there / "vae"), folder, path, size=8)
     return np.array(data.open_latents(path).mean)
 
 
 def partial(path):
-    work = _resumable.Partial(path)
+    work = resumable.Partial(path)
     with work.open({}, {"a": ((2,), np.float32)}, 2):
         work.write(0, a=np.ones(2))
         work.finish_folder()
@@ -113,7 +105,7 @@ def partial(path):
 
 
 def samples(path):
-    _npz.write_npz(path, sampling(), np.arange(2), batch_size=1, record={})
+    npz.write_npz(path, sampling(), np.arange(2), batch_size=1, record={})
     return np.load(os.fspath(path))["arr_0"]
 
 
@@ -134,15 +126,15 @@ def text(write):
 
 
 def replaced(path):
-    with _storage.replacing(path) as file:
+    with disk.replacing(path) as file:
         file.write(b"abc")
 
 
 def locked(path):
     with (
-        _storage.locked(path),
+        disk.locked(path),
         pytest.raises(FileExistsError, match="another process"),
-        _storage.locked(path),
+        disk.locked(path),
     ):
         pass
 
@@ -151,7 +143,7 @@ def locked(path):
 READ = {
     "image_folder": ("pictures", lambda p: data.image_folder(p).label),
     "read_image": ("pictures/a/1.png", lambda p: data.read_image(p, 8)),
-    "mapped": ("latents/mean.npy", lambda p: np.array(_storage.mapped(p))),
+    "mapped": ("latents/mean.npy", lambda p: np.array(disk.mapped(p))),
     "open_latents": ("latents", lambda p: np.array(data.open_latents(p).mean)),
     "LatentSource.__init__": ("latents", lambda p: data.LatentSource(p).read(0, rng())),
     "LatentSource.__setstate__": ("latents", lambda p: data.LatentSource(p).read(0, rng())),
@@ -162,8 +154,8 @@ READ = {
         lambda p: pretrained.load_diffusers_dit(p, arithmetic="official"),
     ),
     "load_vae": ("vae", pretrained.load_vae),
-    "restore_ema": ("run", _run.restore_ema),
-    "of_run": ("run", lambda p: _source.of_run(p).network),
+    "restore_ema": ("run", loop.restore_ema),
+    "of_run": ("run", lambda p: sources.of_run(p).network),
 }
 WRITE = {
     "save_diffusers_dit": lambda p: (
@@ -173,11 +165,11 @@ WRITE = {
     "Checkpoints.__init__": saved,
     "Partial.__init__": partial,
     "write_npz": samples,
-    "grid": picture(_report.grid, np.zeros((1, 1, 1, 8, 8), np.float32), "a"),
-    "loss_curve": picture(_report.loss_curve, [{"step": 1, "loss": 1.0}]),
-    "replace": text(lambda p: _storage.replace(p, "abc")),
+    "grid": picture(report.grid, np.zeros((1, 1, 1, 8, 8), np.float32), "a"),
+    "loss_curve": picture(report.loss_curve, [{"step": 1, "loss": 1.0}]),
+    "replace": text(lambda p: disk.replace(p, "abc")),
     "replacing": text(replaced),
-    "append": text(lambda p: _storage.append(p, "abc")),
+    "append": text(lambda p: disk.append(p, "abc")),
     "locked": text(locked),
 }
 
@@ -196,10 +188,10 @@ def _takes_path(annotation):
 
 
 def _functions():
-    for module in pkgutil.iter_modules(edt.__path__):
-        if module.name in INNER | {"__main__"}:
+    for module in pkgutil.walk_packages(edt.__path__, "equidit."):
+        if module.name.removeprefix("equidit.") in INNER | {"__main__"}:
             continue
-        room = importlib.import_module(f"equidit.{module.name}")
+        room = importlib.import_module(module.name)
         for name, thing in vars(room).items():
             if getattr(thing, "__module__", None) != room.__name__:
                 continue

@@ -23,8 +23,9 @@ from helpers import difference, golden, official, tiny, tree_allclose
 from test_golden import network_failures
 
 import equidit as edt
-from equidit import _files, pretrained
-from equidit._names import OFFICIAL, export
+from equidit import pretrained
+from equidit.pretrained import files
+from equidit.pretrained.names import OFFICIAL, export
 
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
@@ -204,7 +205,7 @@ def test_licence_is_logged_once(monkeypatch, caplog):
 
 def test_no_random_initialisation(monkeypatch):
     made = []
-    skeleton = pretrained._skeleton
+    skeleton = pretrained.networks._skeleton
     monkeypatch.setattr(
         pretrained, "_skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
     )
@@ -647,9 +648,9 @@ def test_hostile_shapes_in_a_state_dict(change, message):
     def read():
         raise AssertionError("weights were read")
 
-    weights = {name: _files.Tensor(shape, read) for name, shape in shapes.items()}
+    weights = {name: files.Tensor(shape, read) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message) as error:
-        pretrained._from_official(weights, None, "hostile.pt", 2, "official")
+        pretrained.networks._from_official(weights, None, "hostile.pt", 2, "official")
     assert len(str(error.value)) < 5000
 
 
@@ -821,7 +822,7 @@ def test_writing_is_whole_at_every_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("mkdir", "write_text", "rename"):
             patch.setattr(Path, name, watch(getattr(Path, name)))
-        patch.setattr(_files, "_to_disk", watch(_files._to_disk))
+        patch.setattr(files, "_to_disk", watch(files._to_disk))
         write(folder, 2.0)
     after = contents(folder)
     assert after != before

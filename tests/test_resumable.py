@@ -14,7 +14,7 @@ from helpers import COMMAND, published, with_devices
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from equidit._resumable import Partial
+from equidit.cli.resumable import Partial
 
 ARRAYS = {"a": ((10, 3), np.float32)}
 

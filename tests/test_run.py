@@ -19,8 +19,8 @@ from sklearn.datasets import load_sample_images
 from test_cli import error_of, run, saved
 
 from benchmarks import incidents, kills
-from equidit._folder import Folder
 from equidit.checkpoint import CheckpointError, Checkpoints
+from equidit.runs.folder import Folder
 
 SMALL = shlex.split(
     "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --steps 6 --workers 0 "

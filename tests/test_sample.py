@@ -15,8 +15,9 @@ from test_cli import error_of, run
 
 import equidit as edt
 from benchmarks import uneven
-from equidit import _sampling, cli, diffusion as dfn, pretrained
-from equidit._npz import random_labels, to_bytes
+from equidit import cli, diffusion as dfn, pretrained
+from equidit.cli.npz import random_labels, to_bytes
+from equidit.runs import sampling
 
 STEPS = ("--steps", 3)
 HEADS = ("--num-heads", 4)
@@ -137,7 +138,7 @@ def test_devices_and_batches(files, tmp_path):
 def test_draw_fills_up_and_cuts_off():
     network = tiny()
     schedule = dfn.Schedule(dfn.linear_betas(), (0, 500, 999))
-    sampling = _sampling.Sampling(
+    drawn = sampling.Sampling(
         network,
         schedule,
         null=10,
@@ -147,10 +148,10 @@ def test_draw_fills_up_and_cuts_off():
         key=jax.random.key(0),
     )
     labels = np.arange(11) % 10
-    images = _sampling.draw(sampling, labels, batch_size=2)
+    images = sampling.draw(drawn, labels, batch_size=2)
     assert images.shape == (11, 1, 8, 8)
     for index in (0, 10):
-        alone = sampling.one(jnp.asarray(labels[index]), jnp.asarray(index))
+        alone = drawn.one(jnp.asarray(labels[index]), jnp.asarray(index))
         np.testing.assert_allclose(images[index], alone, atol=1e-5)
     assert np.abs(images[0] - images[10]).max() > 0.1
 
@@ -158,7 +159,7 @@ def test_draw_fills_up_and_cuts_off():
 def test_interrupted_npz_goes_on_only_with_the_same_settings(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "samples.npz"
     common = ("sample", *files, *STEPS, "--npz", "--out", out, "--count", 12, "--batch-size", 1)
-    whole, write = [], _sampling.np.split
+    whole, write = [], sampling.np.split
 
     def interrupted(*arguments):
         whole.append(1)
@@ -167,7 +168,7 @@ def test_interrupted_npz_goes_on_only_with_the_same_settings(files, tmp_path, ca
         return write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("equidit._sampling.np.split", interrupted)
+        patch.setattr("equidit.runs.sampling.np.split", interrupted)
         assert run(*common) == 130
     assert "go on if given again" in capsys.readouterr().err
     message = error_of(capsys, *common, "--seed", 1, "--guidance-scale", 2)

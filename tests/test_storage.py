@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equidit._storage import append, locked, replace, replacing
+from equidit._base.disk import append, locked, replace, replacing
 from equidit.checkpoint import fingerprint
 
 

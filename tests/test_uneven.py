@@ -18,10 +18,11 @@ from jax.sharding import AxisType
 from test_data import Numbers, cache, taken
 
 import equidit as edt
-from equidit import _losses, _report, diffusion as dfn, hosts
-from equidit._settings import Settings
+from equidit import diffusion as dfn, hosts
 from equidit.data import Images, LatentSource, batches, held_out
 from equidit.metrics import frechet_distance, nearest_distance
+from equidit.runs import report, validation
+from equidit.runs.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -154,7 +155,7 @@ def test_validation_is_the_mean_over_a_loop(count, devices):
     held = examples(count)
     losses = np.array([validation_terms(held.image[i], held.label[i], i) for i in range(count)])
     state = edt.init_state(NETWORK, optax.sgd(1.0))
-    row = _losses.validation(Settings(), state, held, None if devices == 1 else mesh(devices))
+    row = validation.validation(Settings(), state, held, None if devices == 1 else mesh(devices))
     # Sums in another order.
     np.testing.assert_allclose(row["validation_loss"], losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(row["validation_loss_by_quartile"], losses.mean(0), rtol=1e-5)
@@ -230,7 +231,7 @@ def test_every_image_is_in_its_place_of_a_grid(rows, columns, channels, height, 
     pictures = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "grid.png"
-        _report.grid(path, pictures, range(rows))
+        report.grid(path, pictures, range(rows))
         sheet = matplotlib.image.imread(path)[..., :3]
     assert sheet.shape == (rows * (height + 4), 64 + columns * (width + 4), 3)
     for row in range(rows):

@@ -15,7 +15,7 @@ from test_pretrained import our_output, state_dict, their_dit, their_output, tor
 
 import equidit as edt
 from equidit import pretrained
-from equidit._names import OFFICIAL, export
+from equidit.pretrained.names import OFFICIAL, export
 
 STATE = state_dict()
 OTHER = {name: value if name == "pos_embed" else value + 1 for name, value in STATE.items()}

@@ -1,0 +1,3 @@
+"""The `equidit` command."""
+
+from .main import run as run

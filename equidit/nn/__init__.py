@@ -1,0 +1,1 @@
+"""The network: functions of tokens, layers, conditioning, blocks, stacks, and the DiT."""

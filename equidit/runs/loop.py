@@ -1,0 +1,421 @@
+"""A training run in a folder: what it computes, and how it begins, goes on and ends."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from .. import diffusion as dfn, hosts
+from .._base.common import extra
+from .._base.disk import locked, replace
+from ..checkpoint import CheckpointError, Checkpoints
+from ..configs import build, num_macs
+from ..data import Images, batches, digits
+from ..devices import peak_flops
+from ..seams import Network, StrPath
+from ..train import TrainState, ema_warmup, init_sharded, init_state, make_train_step, shardings
+from . import report
+from .folder import Folder
+from .log import Log
+from .sampling import Sampling, draw
+from .settings import SCHEDULE_STEPS, Settings
+from .task import About, Task, decoder, load
+from .validation import hybrid_loss, validation
+from .watch import Guard, Interrupts, Trace
+
+with extra("train"):
+    from tqdm import tqdm
+
+# What may change when a run goes on; the rest would make it another run.
+_FREE = {
+    "data",
+    "steps",
+    "log_every",
+    "sample_every",
+    "keep_last",
+    "keep_every",
+    "workers",
+    "vae",
+    "sharding",
+    "remat",
+    "guidance_scale",
+    "sampling_steps",
+    "max_skipped",
+    "save_errors",
+}
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """The paper's: Adam without weight decay, warm-up or clipping."""
+    return optax.adam(settings.learning_rate)
+
+
+def new_state(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
+    """The state at step 0."""
+    config = settings.network(about.shape[0], about.num_classes)
+    make_network = partial(build, config, key=settings.key(0))
+    if mesh is None or settings.sharding == "replicated":
+        return init_state(make_network(), optimizer(settings))
+    return init_sharded(make_network, optimizer(settings), mesh, settings.sharding)
+
+
+def state_like(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
+    """The state's shapes, laid out on the devices. No weight is initialised."""
+    like = eqx.filter_eval_shape(new_state, settings, about, None)
+    if mesh is None:
+        return like
+    layout = shardings(like, mesh, settings.sharding)
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    arrays = eqx.filter(like, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    return eqx.combine(jax.tree.map(placed, arrays, layout), like)
+
+
+def restore_ema(path: StrPath) -> Network:
+    """The averaged weights of a run's newest checkpoint. Nothing else is read."""
+    folder = Folder(Path(path))
+    settings, about = folder.read()
+    like = state_like(settings, about, None)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        return checkpoints.restore_part(like.ema, "ema").state
+
+
+def data_mesh() -> Mesh | None:
+    """All devices of all hosts in a row; `None` for one device."""
+    count = jax.device_count()
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,)) if count > 1 else None
+
+
+def train(
+    settings: Settings,
+    folder: Folder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Collection[str] = (),
+    profile: int | None = None,
+) -> bool:
+    """Trains to the end, or until it is asked to stop: whether it got to the end.
+
+    A run that is resumed keeps its saved settings; `given` names those of `settings` that were
+    asked for nevertheless. `profile` is a step from which on five are traced.
+
+    **Raises:**
+
+    `FileExistsError` for a folder that holds a run, unless told what to do with it, or that another
+    process works in; `ValueError` for settings that do not fit each other, the devices, the data,
+    or the run to go on with; `ArithmeticError` after too many steps that are not finite.
+    """
+    saved_about = None
+    if resume:
+        saved, saved_about = folder.read()
+        settings = _merge(settings, saved, given)
+    else:
+        folder.check(overwrite=overwrite)
+    task = load(settings)
+    if saved_about not in (None, task.about):
+        raise ValueError(
+            f"{settings.data} is not what the run was begun with: {task.about}, was {saved_about}"
+        )
+    if task.left_out:
+        tell(task.left_out)
+    run = _Run(settings, folder, task)
+    if not resume:
+        # What is wrong is said before a file is written.
+        run.check()
+        Trace(folder, profile, 0, settings.steps)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every process has checked the folder")
+    with run.opened(overwrite=overwrite) as state:
+        return run.train(state, profile)
+
+
+class _Run:
+    """What the parts of a run share."""
+
+    def __init__(self, settings: Settings, folder: Folder, task: Task):
+        self.settings, self.folder, self.task = settings, folder, task
+        self.mesh = data_mesh()
+        if self.mesh is None and settings.sharding != "replicated":
+            raise ValueError(
+                f"sharding={settings.sharding!r} divides the state among devices, but there is "
+                "one: --sharding replicated trains on it, whatever the run was begun with"
+            )
+        self.decoder = decoder(settings, task.about)
+        schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
+        self.step = make_train_step(
+            hybrid_loss(schedule, task.about.num_classes, settings.label_dropout),
+            optimizer(settings),
+            ema_decay=ema_warmup(settings.ema_decay),
+            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            mesh=self.mesh,
+            sharding=settings.sharding,
+            accumulate=settings.accumulate,
+            max_grad_norm=settings.max_grad_norm,
+        )
+
+    def stream(self, start: int) -> Any:
+        """The batches from a step on: this process's share."""
+        settings = self.settings
+        return batches(
+            self.task.train,
+            settings.batch_size,
+            seed=settings.seed,
+            start=start,
+            workers=settings.workers,
+            skip_corrupt=settings.skip_corrupt,
+            process=(jax.process_index(), jax.process_count()),
+        )
+
+    def check(self) -> None:
+        """What does not fit the devices or each other fails here, before a file is written."""
+        like = state_like(self.settings, self.task.about, None)
+        about = self.task.about
+        size = self.settings.batch_size
+        clean: Any = jax.ShapeDtypeStruct((size, *about.shape), np.float32)
+        label: Any = jax.ShapeDtypeStruct((size,), np.int32)
+        eqx.filter_eval_shape(self.step, like, Images(clean, label), self.settings.key(1))
+
+    @contextlib.contextmanager
+    def opened(self, *, overwrite: bool) -> Iterator[TrainState]:
+        """Locks the folder, and gives the state to go on from."""
+        settings, folder, about = self.settings, self.folder, self.task.about
+        with contextlib.ExitStack() as stack:
+            if hosts.is_main():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder.lock))
+                if overwrite:
+                    folder.clear()
+                if not folder.config.exists():
+                    # Before all else: with it a run that is killed from here on can go on.
+                    folder.begin(settings, about, 0)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the folder is ready")
+            self.checkpoints = stack.enter_context(
+                Checkpoints(
+                    folder.checkpoints,
+                    keep_last=settings.keep_last,
+                    keep_every=settings.keep_every,
+                )
+            )
+            start = 0
+            if self.checkpoints.steps():
+                like = state_like(settings, about, self.mesh)
+                restored = self.checkpoints.restore(like, config=self.identity())
+                for reason in restored.fell_back:
+                    tell(reason)
+                state, start = restored.state, restored.step
+                if start > settings.steps:
+                    raise ValueError(
+                        f"{folder.path} is at step {start}, beyond steps={settings.steps}"
+                    )
+            else:
+                state = new_state(settings, about, self.mesh)
+            if hosts.is_main():
+                folder.begin(settings, about, start)
+            yield state
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        fixed = {n: v for n, v in self.settings.record().items() if n not in _FREE}
+        return json.loads(json.dumps(fixed | dataclasses.asdict(self.task.about)))
+
+    def train(self, state: TrainState, profile: int | None) -> bool:
+        settings, folder = self.settings, self.folder
+        start, key = int(state.step), settings.key(1)
+        flops = self._flops()
+        guard = Guard()
+        corrupt = 0
+        trace = Trace(folder, profile, start, settings.steps)
+        log = Log(
+            folder,
+            start=start,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            main=hosts.is_main(),
+        )
+        with Interrupts() as interrupts, log, self.stream(start) as stream, trace:
+            for done in range(start + 1, settings.steps + 1):
+                begun = time.perf_counter()
+                try:
+                    batch, damaged = next(stream)
+                except (OSError, ValueError):
+                    # What is computed so far is good. Of several hosts one alone cannot save.
+                    unsaved = start < done - 1 and (done - 1) % settings.sample_every
+                    if unsaved and jax.process_count() == 1:
+                        self._save(done - 1, state, log, last=True)
+                    raise
+                log.step(time.perf_counter() - begun)
+                corrupt += damaged
+                if self.mesh is not None:
+                    batch = hosts.global_batch(batch, self.mesh)
+                trace.before(done)
+                state, metrics = self.step(state, batch, key)
+                trace.after(done, metrics)
+                if done == start + 1:
+                    # The step is compiled by now, which the rates leave out.
+                    jax.block_until_ready(metrics)
+                    log.restart()
+                guard.add(metrics["skipped"])
+                stop = interrupts.stop(done) or done == settings.steps
+                save = stop or done % settings.sample_every == 0
+                if save or done % settings.log_every == 0:
+                    names = ("loss", "grad_norm", "param_norm")
+                    row = {name: float(metrics[name]) for name in names}
+                    row |= log.rates(flops) | {"skipped": guard.count(), "corrupt": corrupt}
+                    corrupt = 0
+                    with self._saving():
+                        log.write(done, row)
+                    log.show(row)
+                if guard.in_a_row >= settings.max_skipped:
+                    raise ArithmeticError(self._not_finite(done, metrics))
+                if save:
+                    self._save(done, state, log, last=stop)
+                    log.restart()
+                if stop:
+                    break
+        with self._saving():
+            self.checkpoints.wait()
+        finished = int(state.step) == settings.steps
+        if finished:
+            self._report(state)
+        return finished
+
+    def _save(self, done: int, state: TrainState, log: Log, *, last: bool) -> None:
+        """A validation, a checkpoint, and pictures."""
+        settings, folder = self.settings, self.folder
+        row = validation(settings, state, self.task.held_out, self.mesh)
+        with self._saving():
+            log.write(done, row)
+        # That an earlier save failed does not keep this one from being tried.
+        with self._saving():
+            self.checkpoints.wait()
+        with self._saving():
+            self.checkpoints.save(done, state, data={"step": done}, config=self.identity())
+        with self._saving():
+            if hosts.is_main():
+                report.loss_curve(folder.loss, folder.rows())
+        # Apart: all hosts gather what is drawn, whatever became of the first one's curve.
+        with self._saving():
+            if not last:
+                self._picture(state)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """What becomes of a save that fails is a setting's to say."""
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            if self.settings.save_errors == "stop":
+                raise
+            tell(str(error))
+
+    def _picture(self, state: TrainState, columns: int = 10) -> None:
+        """Samples of the first ten classes, a row each."""
+        about = self.task.about
+        if about.autoencoder is not None and self.decoder is None:
+            return
+        ema = gathered(state.ema, self.mesh)
+        if hosts.is_main():
+            rows = min(10, about.num_classes)
+            columns = 10 if self.decoder is None else 4
+            labels = np.repeat(np.arange(rows), columns)
+            images = sample(self.settings, about, ema, labels, self.decoder)
+            images = images.reshape(rows, columns, *images.shape[1:])
+            report.grid(self.folder.samples, images, about.classes[:rows])
+
+    def _report(self, state: TrainState) -> None:
+        """What a finished run says of itself: report.json, and a last picture."""
+        row = validation(self.settings, state, self.task.held_out, self.mesh)
+        figures = {"step": int(state.step)} | row
+        self._picture(state)
+        if self.settings.data == "digits":
+            ema = gathered(state.ema, self.mesh)
+            if hosts.is_main():
+                label = np.arange(500, dtype=np.int32) % self.task.about.num_classes
+                images = Images(sample(self.settings, self.task.about, ema, label), label)
+                figures |= report.quality(images, *digits())
+        if hosts.is_main():
+            replace(self.folder.report, json.dumps(figures, indent=2) + "\n")
+
+    def _flops(self) -> float | None:
+        """FLOPs of an image in training, over what all devices could do in a second at best."""
+        about, peak = self.task.about, peak_flops()
+        if peak is None:
+            tell(f"the peak of {jax.devices()[0].device_kind} is not known: MFU is left out")
+            return None
+        macs = num_macs(self.settings.network(about.shape[0], about.num_classes), *about.shape[1:])
+        # Forward, and backward at twice that; two FLOPs a multiply-add.
+        return 6 * macs / (peak * jax.device_count())
+
+    def _not_finite(self, done: int, metrics: dict[str, Array]) -> str:
+        steps = self.checkpoints.steps()
+        last = f"step {steps[-1]} in {self.folder.checkpoints}" if steps else "none"
+        return (
+            f"at step {done} the loss is {float(metrics['loss'])} and the gradient norm "
+            f"{float(metrics['grad_norm'])}, the last of {self.settings.max_skipped} such steps in "
+            f"a row, none of which touched the weights: try a lower --learning-rate. The last good "
+            f"checkpoint is {last}"
+        )
+
+
+def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """All of every array on every host."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tree = eqx.filter_jit(lambda t: eqx.filter_shard(t, everywhere))(tree)
+    return jax.tree.map(lambda a: a.addressable_data(0) if eqx.is_array(a) else a, tree)
+
+
+def sample(
+    settings: Settings, about: About, network: Network, labels: np.ndarray, decoder: Any = None
+) -> np.ndarray:
+    """Draws from a run's network by the run's settings, one image a label."""
+    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps)
+    sampling = Sampling(
+        network,
+        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
+        null=about.num_classes,
+        guidance_scale=settings.guidance_scale,
+        sampler="ddim",
+        shape=about.shape,
+        key=settings.key(3),
+        decoder=decoder,
+    )
+    return draw(sampling, labels, batch_size=100 if decoder is None else 8)
+
+
+def tell(message: str) -> None:
+    """Says something beside the progress bar."""
+    if hosts.is_main():
+        tqdm.write(f"equidit: {message}", file=sys.stderr)
+
+
+def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:
+    """The saved settings, with what may change in mid-run as given."""
+    changed = {
+        name: getattr(settings, name)
+        for name in settings.record().keys() & set(given)
+        if getattr(settings, name) != getattr(saved, name)
+    }
+    if fixed := changed.keys() - _FREE:
+        listed = ", ".join(f"{n}={changed[n]} (was {getattr(saved, n)})" for n in sorted(fixed))
+        raise ValueError(f"a run goes on with its own settings; these differ: {listed}")
+    return dataclasses.replace(saved, **changed)

@@ -1,0 +1,18 @@
+"""A small training step, and the state that it carries."""
+
+from .ema import (
+    Decay as Decay,
+    ema_update as ema_update,
+    ema_warmup as ema_warmup,
+    power_ema_decay as power_ema_decay,
+    reconstruct_ema as reconstruct_ema,
+    std_to_gamma as std_to_gamma,
+)
+from .sharding import shardings as shardings
+from .step import (
+    TrainState as TrainState,
+    cast as cast,
+    init_sharded as init_sharded,
+    init_state as init_state,
+    make_train_step as make_train_step,
+)
