@@ -295,7 +295,9 @@ def _in_colour(image, path: StrPath):
         # PIL would cut these off at 255 rather than scale them.
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{path} has more than 16 bits a channel: convert it to 8 bits")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        # Single precision is enough: 257 is odd, so that nothing lies half-way between two bytes.
+        scaled = np.divide(values, 257, dtype=np.float32)
+        image = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError(f"{path} has floating-point pixels: convert it to 8 bits")
     try:
