@@ -62,7 +62,7 @@ with Checkpoints(folder, keep_last=2) as checkpoints:
     check(checkpoints.restore(wanted, config=CONFIG), 3)
     # One host alone cannot read the newest: both must take the one before.
     from equidit.checkpoint import backend
-    read = _orbax.read_arrays
+    read = backend.read_arrays
     def fail(path, arrays):
         if path.name == "3" and index == 1:
             raise OSError("no such luck")

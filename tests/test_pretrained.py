@@ -24,7 +24,7 @@ from test_golden import network_failures
 
 import equidit as edt
 from equidit import pretrained
-from equidit.pretrained import files
+from equidit.pretrained import files, networks
 from equidit.pretrained.names import OFFICIAL, export
 
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
@@ -191,12 +191,12 @@ def test_wrong_names_are_refused():
 
 
 def test_licence_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(pretrained, "_told", set())
+    monkeypatch.setattr(networks, "_told", set())
     with caplog.at_level(logging.INFO):
         network("dit_tiny")
         assert not caplog.records
         sizes = {"hidden_size": 32, "depth": 2, "patch_size": 2, "num_classes": 4}
-        monkeypatch.setattr(pretrained, "_PUBLISHED", sizes)
+        monkeypatch.setattr(networks, "_PUBLISHED", sizes)
         network("dit_tiny")
         network("dit_tiny")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -205,9 +205,9 @@ def test_licence_is_logged_once(monkeypatch, caplog):
 
 def test_no_random_initialisation(monkeypatch):
     made = []
-    skeleton = pretrained.networks._skeleton
+    skeleton = networks._skeleton
     monkeypatch.setattr(
-        pretrained, "_skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
+        networks, "_skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
     )
     network("dit_tiny")
     kinds = {type(leaf) for leaf in jax.tree.leaves(made)}
@@ -596,7 +596,7 @@ def folder(tmp_path_factory):
 def test_hostile_sizes_in_a_config(folder, monkeypatch, name):
     """They are refused before a network of such a size is thought of."""
     text = (folder / "config.json").read_text()
-    monkeypatch.setattr(pretrained, "_skeleton", None)
+    monkeypatch.setattr(networks, "_skeleton", None)
     try:
         for value in HOSTILE:
             (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
@@ -650,7 +650,7 @@ def test_hostile_shapes_in_a_state_dict(change, message):
 
     weights = {name: files.Tensor(shape, read) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message) as error:
-        pretrained.networks._from_official(weights, None, "hostile.pt", 2, "official")
+        networks._from_official(weights, None, "hostile.pt", 2, "official")
     assert len(str(error.value)) < 5000
 
 
