@@ -11,16 +11,14 @@ from jaxtyping import Array, Float, PyTree
 
 from .._base.common import check_choice, upcast
 from ..seams import Network, Number, PRNGKey
+from .predictions import prediction_of, x0_and_eps
 from .schedules import (
-    PREDICTIONS,
     Image,
     Index,
     Schedule,
     at,
     posterior,
-    predict_v,
     q_sample,
-    x0_and_eps,
 )
 
 VARIANCES = ("learned", "small", "large")
@@ -175,11 +173,7 @@ def hybrid_terms(
 def _mse(
     schedule: Schedule, value: Image, x0: Image, t: Index, noise: Image, prediction: str
 ) -> Float[Array, ""]:
-    check_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "v":
-        target = predict_v(schedule, x0, t, noise)
-    else:
-        target = noise if prediction == "eps" else x0
+    target = prediction_of(prediction).target(schedule, x0, t, noise)
     return jnp.square(value - upcast(target)).mean()
 
 
@@ -391,13 +385,10 @@ def min_snr_weight(
 
         Section 3.4 of [Hang et al. 2023](https://arxiv.org/abs/2303.09556).
     """
-    check_choice("prediction", prediction, PREDICTIONS)
+    weight = prediction_of(prediction).min_snr
     if gamma <= 0:
         raise ValueError(f"gamma={gamma} must be above 0")
-    snr = at(schedule.snr, t)
-    if prediction == "eps":
-        return jnp.minimum(1.0, gamma / snr)
-    return jnp.minimum(snr, gamma) / (1.0 if prediction == "x0" else snr + 1)
+    return weight(at(schedule.snr, t), gamma)
 
 
 class BitsPerDim(eqx.Module):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .._base.common import brief, upcast
 from ..seams import Network, Number, PRNGKey, Scalar
 from .losses import log_variance_of, split_output
+from .predictions import x0_and_eps
 from .schedules import (
     Image,
     Index,
@@ -21,7 +22,6 @@ from .schedules import (
     predict_eps,
     q_sample,
     times,
-    x0_and_eps,
 )
 
 
