@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -302,7 +301,11 @@ def rescaled_hybrid_loss(
     cond: PyTree,
     *,
     key: PRNGKey,
-    **options: Any,
+    t: Index | None = None,
+    noise: Image | None = None,
+    prediction: str = "eps",
+    weight: Weight | None = None,
+    likelihood: str = "pixels",
 ) -> Float[Array, ""]:
     """[`equidit.diffusion.hybrid_loss`][] with the bound weighted by steps/1000: 0.001 times the
     whole bound, however long the schedule. At 1000 steps the two losses are the same.
@@ -317,8 +320,19 @@ def rescaled_hybrid_loss(
 
         Equation 16 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
     """
-    weight = schedule.steps / 1000
-    return hybrid_loss(network, schedule, x0, cond, key=key, vb_weight=weight, **options)
+    return hybrid_loss(
+        network,
+        schedule,
+        x0,
+        cond,
+        key=key,
+        t=t,
+        noise=noise,
+        prediction=prediction,
+        weight=weight,
+        likelihood=likelihood,
+        vb_weight=schedule.steps / 1000,
+    )
 
 
 def vlb_loss(
