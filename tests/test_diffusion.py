@@ -248,6 +248,18 @@ def test_sample_in_low_precision():
     assert loss.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("eta", "draws"), [(0, False), (0.0, False), (0.5, True)])
+def test_ddim_without_noise_draws_none(eta, draws):
+    schedule, x = dfn.Schedule(dfn.linear_betas()), images(1)[0]
+    network = lambda x, t, cond: 0.3 * x  # noqa: E731
+
+    def step(eta, key):
+        return dfn.ddim_step(network, schedule, x, 500, None, key=key, eta=eta)
+
+    assert ("random_bits" in str(jax.make_jaxpr(lambda key: step(eta, key))(KEY))) == draws
+    assert tree_allclose(step(eta, KEY), step(jnp.asarray(eta, jnp.float32), KEY))
+
+
 def test_gradient_with_respect_to_eta_is_finite():
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
 

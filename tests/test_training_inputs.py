@@ -239,6 +239,97 @@ def test_an_optimizer_that_wants_more():
     assert "a loop of your own" in "".join(error.value.__notes__)
 
 
+class Distilling(eqx.Module):
+    """A loss that holds a teacher, as a Module and with a method."""
+
+    teacher: Small
+
+    def __call__(self, network, example, key):
+        return self.weighed(1.0, network, example, key)
+
+    def weighed(self, weight, network, example, key):
+        image, label = example
+        wanted = self.teacher(image, 0, label)
+        return weight * jnp.square(network(image, 0, label) - wanted).mean()
+
+
+def distil(teacher, network, example, key):
+    return Distilling(teacher)(network, example, key)
+
+
+def closing(teacher):
+    return lambda *args: distil(teacher, *args)
+
+
+TEACHING: dict[str, Any] = {
+    "module": Distilling,
+    "partial": lambda teacher: partial(distil, teacher),
+    "partial by name": lambda teacher: partial(
+        lambda *args, teacher: distil(teacher, *args), teacher=teacher
+    ),
+    "partial of a method": lambda teacher: partial(Distilling(teacher).weighed, 1.0),
+    "partial in a partial": lambda teacher: partial(
+        lambda loss, *args: loss(*args), partial(distil, teacher)
+    ),
+    "method": lambda teacher: Distilling(teacher).__call__,
+}
+
+
+def taught(loss, **options):
+    state = edt.init_state(small(), SGD)
+    return edt.make_train_step(loss, SGD, **options)(state, BATCH, KEY)
+
+
+@pytest.fixture
+def refuse_constants():
+    """JAX warns of each program with constants as large as a teacher's matrix."""
+    before = jax.config.jax_captured_constants_warn_bytes  # pyright: ignore
+    jax.config.update("jax_captured_constants_warn_bytes", 64 * 64 * 4)
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+@pytest.mark.parametrize("name", TEACHING)
+@pytest.mark.parametrize(
+    "options", [{}, {"mesh": 2}, {"mesh": 2, "sharding": "fsdp", "accumulate": 2}], ids=str
+)
+def test_arrays_of_a_loss_are_no_constants(refuse_constants, name, options):
+    if "mesh" in options:
+        if name not in ("module", "partial"):
+            return
+        options = options | {"mesh": mesh(options["mesh"])}
+    teacher = small(1)
+    state, metrics = taught(TEACHING[name](teacher), **options)
+    assert not _gone(teacher)
+    wanted = jax.vmap(lambda n, x: jnp.square(n(x, 0, 0) - teacher(x, 0, 0)).mean(), (None, 0))
+    assert metrics["loss"] == pytest.approx(float(wanted(small(), BATCH[0]).mean()), rel=1e-5)
+    assert difference(state.network, small()) > 0
+
+
+def test_what_a_loss_closes_over_is_a_constant(refuse_constants):
+    with pytest.raises(UserWarning, match="constants"):
+        taught(closing(small(1)))
+
+
+def test_a_loss_s_arrays_change_nothing_but_the_program():
+    for teacher in (small(1), small(2)):
+        loss = eqx.tree_at(lambda loss: loss.teacher, Distilling(small(3)), teacher)
+        assert difference(taught(loss), taught(closing(teacher))) < 1e-6
+
+
+def test_a_teacher_that_the_state_holds_is_a_copy():
+    network = small()
+    state = edt.init_state(network, SGD)
+    step = edt.make_train_step(Distilling(network), SGD)
+    with pytest.raises(ValueError, match=r"the same array.*jnp\.copy"):
+        step(state, BATCH, KEY)
+    edt.make_train_step(simple, SGD)(state, BATCH, KEY)
+    with pytest.raises(ValueError, match="the loss has arrays that are gone"):
+        step(edt.init_state(small(), SGD), BATCH, KEY)
+    with pytest.raises(ValueError, match="the loss has arrays that are gone"):
+        edt.make_train_step(Distilling(network), SGD, mesh=mesh(2))
+
+
 def telling(network, example, key):
     value = simple(network, example, key)
     return value, {"double": 2 * value, "dropped": example[1] == 0, "one": 1, "label": example[1]}

@@ -19,6 +19,7 @@ from .losses import (
     vb_term as vb_term,
     vlb_loss as vlb_loss,
 )
+from .predictions import x0_and_eps as x0_and_eps
 from .schedules import (
     Schedule as Schedule,
     cosine_betas as cosine_betas,
@@ -29,7 +30,6 @@ from .schedules import (
     predict_x0 as predict_x0,
     q_sample as q_sample,
     space_timesteps as space_timesteps,
-    x0_and_eps as x0_and_eps,
 )
 from .steps import (
     ddim_inversion_step as ddim_inversion_step,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,16 +10,14 @@ from jaxtyping import Array, Float, PyTree
 
 from .._base.common import check_choice, upcast
 from ..seams import Network, Number, PRNGKey
+from .predictions import prediction_of, x0_and_eps
 from .schedules import (
-    PREDICTIONS,
     Image,
     Index,
     Schedule,
     at,
     posterior,
-    predict_v,
     q_sample,
-    x0_and_eps,
 )
 
 VARIANCES = ("learned", "small", "large")
@@ -175,11 +172,7 @@ def hybrid_terms(
 def _mse(
     schedule: Schedule, value: Image, x0: Image, t: Index, noise: Image, prediction: str
 ) -> Float[Array, ""]:
-    check_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "v":
-        target = predict_v(schedule, x0, t, noise)
-    else:
-        target = noise if prediction == "eps" else x0
+    target = prediction_of(prediction).target(schedule, x0, t, noise)
     return jnp.square(value - upcast(target)).mean()
 
 
@@ -308,7 +301,11 @@ def rescaled_hybrid_loss(
     cond: PyTree,
     *,
     key: PRNGKey,
-    **options: Any,
+    t: Index | None = None,
+    noise: Image | None = None,
+    prediction: str = "eps",
+    weight: Weight | None = None,
+    likelihood: str = "pixels",
 ) -> Float[Array, ""]:
     """[`equidit.diffusion.hybrid_loss`][] with the bound weighted by steps/1000: 0.001 times the
     whole bound, however long the schedule. At 1000 steps the two losses are the same.
@@ -323,8 +320,19 @@ def rescaled_hybrid_loss(
 
         Equation 16 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672).
     """
-    weight = schedule.steps / 1000
-    return hybrid_loss(network, schedule, x0, cond, key=key, vb_weight=weight, **options)
+    return hybrid_loss(
+        network,
+        schedule,
+        x0,
+        cond,
+        key=key,
+        t=t,
+        noise=noise,
+        prediction=prediction,
+        weight=weight,
+        likelihood=likelihood,
+        vb_weight=schedule.steps / 1000,
+    )
 
 
 def vlb_loss(
@@ -391,13 +399,10 @@ def min_snr_weight(
 
         Section 3.4 of [Hang et al. 2023](https://arxiv.org/abs/2303.09556).
     """
-    check_choice("prediction", prediction, PREDICTIONS)
+    weight = prediction_of(prediction).min_snr
     if gamma <= 0:
         raise ValueError(f"gamma={gamma} must be above 0")
-    snr = at(schedule.snr, t)
-    if prediction == "eps":
-        return jnp.minimum(1.0, gamma / snr)
-    return jnp.minimum(snr, gamma) / (1.0 if prediction == "x0" else snr + 1)
+    return weight(at(schedule.snr, t), gamma)
 
 
 class BitsPerDim(eqx.Module):

@@ -15,7 +15,6 @@ Image = Float[Array, "channels height width"]
 """One image or latent."""
 Index = Int[Array, ""] | int | np.integer
 """A step: an index of a schedule, 0 the least noisy."""
-PREDICTIONS = ("eps", "x0", "v")
 SPACINGS = ("fractional", "leading", "trailing", "linspace")
 
 
@@ -348,29 +347,3 @@ def predict_v(schedule: Schedule, x0: Image, t: Index, eps: Image) -> Image:
     """
     signal = times(schedule.sqrt_alphas_cumprod, t, eps)
     return signal - times(schedule.sqrt_one_minus_alphas_cumprod, t, x0)
-
-
-def x0_and_eps(
-    schedule: Schedule, xt: Image, t: Index, value: Image, prediction: str = "eps"
-) -> tuple[Image, Image]:
-    """The clean example and the noise that a network's prediction implies.
-
-    **Arguments:**
-
-    - `schedule`, `xt`, `t`: the tables, the noisy example and its step.
-    - `value`: what was predicted.
-    - `prediction`: what that is: `"eps"`, `"x0"` or `"v"`
-        ([`equidit.diffusion.predict_v`][]); anything else is a `ValueError`.
-
-    **Returns:**
-
-    The pair `(x0, eps)`.
-    """
-    check_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "eps":
-        return predict_x0(schedule, xt, t, value), value
-    if prediction == "x0":
-        return value, predict_eps(schedule, xt, t, value)
-    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    x0 = times(signal, t, xt) - times(noise, t, value)
-    return x0, times(noise, t, xt) + times(signal, t, value)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .._base.common import brief, upcast
 from ..seams import Network, Number, PRNGKey, Scalar
 from .losses import log_variance_of, split_output
+from .predictions import x0_and_eps
 from .schedules import (
     Image,
     Index,
@@ -21,7 +22,6 @@ from .schedules import (
     predict_eps,
     q_sample,
     times,
-    x0_and_eps,
 )
 
 
@@ -112,7 +112,7 @@ def ddim_step(
 
     - `network`, `schedule`, `x`, `t`, `cond`, `prediction`, `clip`, `with_x0`: as for
         [`equidit.diffusion.ddpm_step`][].
-    - `key`: of this example and this step; without effect at `eta=0`.
+    - `key`: of this example and this step; not read at a plain `eta=0`, which draws no noise.
     - `eta`: 0 is deterministic, 1 has the posterior's variance at every step. Outside [0, 1] a
         `ValueError`.
 
@@ -127,14 +127,18 @@ def ddim_step(
     if isinstance(eta, Number) and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1]: 0 is deterministic, 1 is DDPM's noise")
     x0, eps, _ = _predicted(network, schedule, x, t, cond, prediction, clip)
-    deviation = eta * jnp.sqrt(at(schedule.posterior_variance, t))
-    remaining = at(schedule.one_minus_alphas_cumprod_prev, t) - jnp.square(deviation)
+    remaining = at(schedule.one_minus_alphas_cumprod_prev, t)
+    deviation = None
+    if not (isinstance(eta, Number) and eta == 0):
+        deviation = eta * jnp.sqrt(at(schedule.posterior_variance, t))
+        remaining -= jnp.square(deviation)
     # Not sqrt(max(remaining, 0)), whose gradient at 0 is NaN.
     positive = remaining > 0
     direction = jnp.where(positive, jnp.sqrt(jnp.where(positive, remaining, 1.0)), 0.0)
     mean = times(schedule.sqrt_alphas_cumprod_prev, t, x0) + direction.astype(eps.dtype) * eps
-    noise = jax.random.normal(key, x.shape, mean.dtype)
-    out = (mean + deviation.astype(mean.dtype) * noise).astype(x.dtype)
+    if deviation is not None:
+        mean += deviation.astype(mean.dtype) * jax.random.normal(key, x.shape, mean.dtype)
+    out = mean.astype(x.dtype)
     return (out, x0.astype(x.dtype)) if with_x0 else out
 
 

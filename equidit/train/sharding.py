@@ -60,6 +60,11 @@ def shardings(state: PyTree, mesh: Mesh, sharding: str = "replicated") -> PyTree
     return jax.tree.unflatten(jax.tree.structure(arrays), leaves)
 
 
+def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """`tree`'s arrays, whole on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def check_sharding(mesh: Mesh, sharding: str) -> None:
     """`ValueError` for a mode or a mesh that the training step cannot work with."""
     check_choice("sharding", sharding, get_args(Sharding))

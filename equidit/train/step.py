@@ -1,6 +1,8 @@
 """A small training step: the same function on one device and on a mesh of many."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -28,13 +30,21 @@ from .handover import (
     check_averages,
     check_batch,
     check_dtype,
+    check_held,
     check_network,
     reported,
     unshared,
     updates_of,
     usable,
 )
-from .sharding import assemble, check_sharding, global_norm, over_devices, shardings as shardings
+from .sharding import (
+    assemble,
+    check_sharding,
+    everywhere,
+    global_norm,
+    over_devices,
+    shardings as shardings,
+)
 
 Tree = TypeVar("Tree")
 
@@ -167,7 +177,11 @@ def make_train_step(
     **Arguments:**
 
     - `loss`: a [`equidit.Loss`][], `loss(network, example, key)`, for one example: returns its
-        number, or the pair `(number, {name: number})` of it and numbers to report.
+        number, or the pair `(number, {name: number})` of it and numbers to report. JAX's arrays in
+        it, such as a teacher's weights, are arguments of the compiled program, on all devices of a
+        mesh, in their own dtype, and not donated: those of a Module, of its bound method, or of
+        what `functools.partial` binds. What a plain function closes over cannot be seen, and
+        becomes a constant of the program. A teacher that the state is made of must be a copy.
     - `optimizer`: from optax, or any [`equidit.Optimizer`][]; sees float32 gradients of the mean
         loss over the whole batch, as whole arrays however they are laid out, so that any optimizer
         is right in any mode. The loss itself is `value=` to those that take it, such as
@@ -227,11 +241,17 @@ def make_train_step(
     ordered = ordered_sums
     if ordered is None:
         ordered = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    held, rest_of_loss = eqx.partition(_opened(loss), eqx.is_array)
+    if mesh is not None:
+        check_held(held, ())
+        held = everywhere(held, mesh)
 
     def mean_loss(
         params: PyTree, static: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
     ) -> tuple[Array, PyTree]:
+        static, held = static
         network = assemble(params, static, layout, dtype, ordered=ordered)
+        loss = eqx.combine(held, rest_of_loss)
         one = lambda example, key: reported(loss(network, example, key))  # noqa: E731
         losses, numbers = jax.vmap(one)(batch, keys)
         return losses.mean(), (losses, numbers)
@@ -266,11 +286,13 @@ def make_train_step(
     )
 
     # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
-    def update(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, held: PyTree, batch: PyTree, key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
         params, static = eqx.partition(state.network, eqx.is_inexact_array)
         index = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(index)
-        (losses, numbers), grads = whole_gradient(params, static, (batch, keys))
+        (losses, numbers), grads = whole_gradient(params, (static, held), (batch, keys))
         metrics = Metrics(
             loss=losses.mean(),
             losses=losses,
@@ -294,8 +316,8 @@ def make_train_step(
         return eqx.tree_at(lambda s: s.step, new, state.step + 1), metrics
 
     @eqx.filter_jit(donate="all-except-first")
-    def run(batch_and_key: PyTree, state: TrainState) -> tuple[TrainState, Metrics]:
-        new, metrics = update(state, *batch_and_key)
+    def run(kept: PyTree, state: TrainState) -> tuple[TrainState, Metrics]:
+        new, metrics = update(state, *kept)
         if mesh is None:
             return new, metrics
         return _placed(jax.lax.with_sharding_constraint, new, mesh, sharding), metrics
@@ -305,16 +327,42 @@ def make_train_step(
         if isinstance(ema_decay, Mapping):
             check_averages(state.ema, ema_decay)
         state = usable(state)
+        check_held(held, state)
         if mesh is not None:
             # Already there, but for the first step: without it that would compile by itself.
             state = _placed(jax.device_put, state, mesh, sharding)
         if dtype is None:
-            return run((batch, key), state)
+            return run((held, batch, key), state)
         # The gradient of JAX's own attention in low precision relies on implicit promotion.
         with jax.numpy_dtype_promotion("standard"):
-            return run((batch, key), state)
+            return run((held, batch, key), state)
 
     return accepting(step)
+
+
+class _Bound(eqx.Module):
+    """A bound method or a `functools.partial` as a tree: JAX sees what is bound."""
+
+    function: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.function(*self.args, *args, **(self.keywords | keywords))
+
+
+def _opened(tree: Any) -> Any:
+    """`tree` with each bound method and `functools.partial` a tree itself."""
+    is_bound = lambda node: inspect.ismethod(node) or isinstance(node, partial)  # noqa: E731
+
+    def opened(node: Any) -> Any:
+        if inspect.ismethod(node):
+            return _Bound(node.__func__, (_opened(node.__self__),), {})
+        if isinstance(node, partial):
+            return _Bound(*map(_opened, (node.func, node.args, node.keywords)))
+        return node
+
+    return jax.tree.map(opened, tree, is_leaf=is_bound)
 
 
 def _placed(place: Callable[..., Any], state: TrainState, mesh: Mesh, sharding: str) -> TrainState:
