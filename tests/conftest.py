@@ -25,7 +25,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Files with the most slow tests come first: a worker has a file to itself, and none ends last."""
+    """Files with the most slow tests come first: a worker has a whole file, and none ends last."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
