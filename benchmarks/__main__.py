@@ -29,6 +29,7 @@ PARTS = (
     "uneven",
     "fuzz",
     "checks",
+    "mutations",
 )
 FOLDER = Path(__file__).parent
 

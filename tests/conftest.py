@@ -1,5 +1,6 @@
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 # Every test that builds the same network would compile it again, and so would every process that a
@@ -21,6 +22,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_xdist_auto_num_workers() -> int:
     """Each has several devices and some gigabytes of programs."""
     return min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Files with the most slow tests come first: a worker has a whole file, and none ends last."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+    """Why a slow test that somebody named did not run."""
+    if config.option.markexpr == "not slow":
+        terminalreporter.write_line('Tests marked slow were left out: -m "" runs them too.')
 
 
 @pytest.fixture(scope="module")

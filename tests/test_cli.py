@@ -265,7 +265,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(out)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
     out = tmp_path / "my digits"
     code = "import sys; from equidit.__main__ import main; sys.exit(main())"
