@@ -30,7 +30,8 @@ from equidit.runs.settings import Settings
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
-INNER = {"cli.main", "checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"}
+COMMANDS = {"cli.main", "cli.train", "cli.sample", "cli.encode"}
+INNER = {"checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"} | COMMANDS
 RECORDS = {"ImageFolder.__init__"}
 
 
