@@ -20,9 +20,9 @@ import equidit as edt
 from equidit import diffusion as dfn
 from equidit.data import DIGITS_CLASSES, DIGITS_SHAPE, Images, digits
 from equidit.runs import report
-from equidit.runs.loop import restore_ema
 from equidit.runs.sampling import Sampler, Sampling, draw
 from equidit.runs.settings import SCHEDULE_STEPS
+from equidit.runs.state import restore_ema
 
 from .common import RESULTS, write
 

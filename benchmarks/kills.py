@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from equidit.checkpoint import Checkpoints
-from equidit.runs import loop
 from equidit.runs.folder import Folder
+from equidit.runs.state import state_like
 
 from .common import write
 
@@ -76,7 +76,7 @@ def result(out: Path) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
     """All that a finished run has come to, but for its rates."""
     settings, about = Folder(out).read()
     with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(loop.state_like(settings, about, None)).state
+        state = checkpoints.restore(state_like(settings, about, None)).state
     rows = [{k: v for k, v in row.items() if k not in RATES} for row in Folder(out).rows()]
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], rows
 

@@ -23,7 +23,7 @@ import equidit as edt
 from equidit import diffusion as dfn
 from equidit.data import Images, batches, digits
 from equidit.runs import report
-from equidit.runs.loop import sample
+from equidit.runs.sampling import sample
 from equidit.runs.settings import SCHEDULE_STEPS, Settings
 from equidit.runs.task import load
 from equidit.runs.validation import hybrid_loss, validation

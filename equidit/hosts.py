@@ -1,5 +1,6 @@
 """Training on many hosts: each runs the same program and holds its share of every batch."""
 
+import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -85,3 +86,18 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
             )
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def data_mesh() -> Mesh | None:
+    """All devices of all hosts in a row; `None` for one device."""
+    count = jax.device_count()
+    return jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,)) if count > 1 else None
+
+
+def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """All of every array on every host."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tree = eqx.filter_jit(lambda t: eqx.filter_shard(t, everywhere))(tree)
+    return jax.tree.map(lambda a: a.addressable_data(0) if eqx.is_array(a) else a, tree)

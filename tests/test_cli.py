@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from helpers import tree_allclose
 
-from equidit import cli
+from equidit import cli, hosts
 from equidit.checkpoint import Checkpoints
-from equidit.cli import main
-from equidit.runs import loop
+from equidit.cli.sample import numbers_of
+from equidit.cli.train import example_labels
 from equidit.runs.folder import Folder
 from equidit.runs.settings import Settings
+from equidit.runs.state import state_like
 
 SMALL = shlex.split("--hidden-size 16 --depth 1 --num-heads 2 --sampling-steps 4 --batch-size 16")
 EVERY = shlex.split("--log-every 2 --sample-every 4")
@@ -78,7 +79,7 @@ def saved(out):
     """The state of a run's newest checkpoint."""
     settings, about = Folder(out).read()
     with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(loop.state_like(settings, about, None)).state
+        return checkpoints.restore(state_like(settings, about, None)).state
 
 
 def test_resume_is_bit_exact(trained, tmp_path, capsys):
@@ -297,19 +298,19 @@ def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number)
 
 def test_labels_by_name():
     classes = ("cat", "dog", "7", "tabby, cat")
-    assert main._numbers(["dog", "0", "cat", " 3"], classes) == [1, 0, 0, 3]
+    assert numbers_of(["dog", "0", "cat", " 3"], classes) == [1, 0, 0, 3]
     # A name that looks like a number is asked which it is, but for a class of that number.
     with pytest.raises(ValueError, match=r"'7' is the name of class number 2: write =7 .* \+7"):
-        main._numbers(["7"], classes)
-    assert main._numbers(["=7", "+7", "=dog", "2"], classes) == [2, 7, 1, 2]
-    assert main._numbers(["1", "0"], ("0", "1")) == [1, 0]
+        numbers_of(["7"], classes)
+    assert numbers_of(["=7", "+7", "=dog", "2"], classes) == [2, 7, 1, 2]
+    assert numbers_of(["1", "0"], ("0", "1")) == [1, 0]
     for word in ("0", "1"):
         with pytest.raises(ValueError, match=f"{word}.* is the name of class number"):
-            main._numbers([word], ("1", "0"))
+            numbers_of([word], ("1", "0"))
     with pytest.raises(ValueError, match=r"'dgo' is no whole number.*did you mean 'dog'"):
-        main._numbers(["cat", "dgo"], classes)
+        numbers_of(["cat", "dgo"], classes)
     with pytest.raises(ValueError, match=r"'dog' is no whole number such as those of 3,1,4$"):
-        main._numbers(["dog"], ())
+        numbers_of(["dog"], ())
 
 
 @pytest.mark.parametrize(
@@ -324,13 +325,13 @@ def test_labels_by_name():
     ],
 )
 def test_the_hint_names_labels_that_there_are(classes, example):
-    assert main._example(classes) == example
-    numbers = main._numbers(example.split(","), classes)
+    assert example_labels(classes) == example
+    numbers = numbers_of(example.split(","), classes)
     assert all(0 <= number < len(classes) for number in numbers)
 
 
 def test_a_divided_state_on_one_device(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "data_mesh", lambda: None)
+    monkeypatch.setattr(hosts, "data_mesh", lambda: None)
     for mode in ("zero1", "fsdp"):
         words = ("digits", "--out", tmp_path / "run", "--sharding", mode, *SMALL)
         message = error_of(capsys, "train", *words)

@@ -22,7 +22,7 @@ from equidit._base.arguments import union_members
 from equidit.checkpoint import Checkpoints
 from equidit.cli import encoding, npz, resumable, sources
 from equidit.diffusion import Schedule, linear_betas
-from equidit.runs import loop, report, task
+from equidit.runs import report, state, task
 from equidit.runs.folder import Folder
 from equidit.runs.sampling import Sampling
 from equidit.runs.settings import Settings
@@ -30,7 +30,8 @@ from equidit.runs.settings import Settings
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
-INNER = {"cli.main", "checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"}
+COMMANDS = {"cli.main", "cli.train", "cli.sample", "cli.encode"}
+INNER = {"checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"} | COMMANDS
 RECORDS = {"ImageFolder.__init__"}
 
 
@@ -68,7 +69,7 @@ def there(tmp_path_factory, compile_quickly):
     run.path.mkdir()
     run.begin(settings, about, 1)
     with Checkpoints(run.checkpoints) as checkpoints:
-        checkpoints.save(1, loop.new_state(settings, about, None))
+        checkpoints.save(1, state.new_state(settings, about, None))
     return folder
 
 
@@ -154,7 +155,7 @@ READ = {
         lambda p: pretrained.load_diffusers_dit(p, arithmetic="official"),
     ),
     "load_vae": ("vae", pretrained.load_vae),
-    "restore_ema": ("run", loop.restore_ema),
+    "restore_ema": ("run", state.restore_ema),
     "of_run": ("run", lambda p: sources.of_run(p).network),
 }
 WRITE = {

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import pretrained
-from ..runs import loop, task
+from ..runs import task
 from ..runs.folder import Folder
+from ..runs.state import restore_ema
 from ..seams import StrPath
 
 
-class Source(NamedTuple):
+class Drawable(NamedTuple):
     """A class-conditional network, and what it makes.
 
     **Fields:**
@@ -30,7 +31,7 @@ class Source(NamedTuple):
     published: bool
 
 
-def of_run(path: StrPath, vae: str | None = None) -> Source:
+def of_run(path: StrPath, vae: str | None = None) -> Drawable:
     """The averaged weights of a run.
 
     **Arguments:**
@@ -41,8 +42,10 @@ def of_run(path: StrPath, vae: str | None = None) -> Source:
     decoder = task.decoder(settings, about, vae)
     if about.autoencoder is not None and decoder is None:
         raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")
-    network = loop.restore_ema(path)
-    return Source(network, decoder, about.shape, about.num_classes, about.classes, published=False)
+    network = restore_ema(path)
+    return Drawable(
+        network, decoder, about.shape, about.num_classes, about.classes, published=False
+    )
 
 
 def of_weights(
@@ -53,7 +56,7 @@ def of_weights(
     num_heads: int | None = None,
     select: str | None = None,
     arithmetic: str | None = None,
-) -> Source:
+) -> Drawable:
     """Published weights: an official file, or a folder of diffusers'.
 
     **Arguments:**
@@ -113,4 +116,4 @@ def of_weights(
             weights, num_heads=num_heads, select=select, arithmetic=arithmetic or "official"
         )
     shape = (channels, size // factor, size // factor)
-    return Source(network, decoder, shape, config.num_classes, (), published=True)
+    return Drawable(network, decoder, shape, config.num_classes, (), published=True)

@@ -1,6 +1,5 @@
-"""Data sets, and the order in which training sees them."""
+"""Data sets: examples and their labels, in memory, in folders, or as latents."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -8,24 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Num, PyTree
 
-from .._base.common import brief, check_positive, extra
+from .._base.common import brief, extra
 from ..seams import PRNGKey, StrPath
-from .images import (
-    ImageError as ImageError,
-    ImageFolder as ImageFolder,
-    Small as Small,
-    image_folder as image_folder,
-    read_image as read_image,
-)
-from .latents import LatentCache as LatentCache, open_latents as open_latents
+from .images import ImageError, ImageFolder, Small, read_image
+from .latents import open_latents
 
 DIGITS_SHAPE = (1, 8, 8)
 """Channels, height and width of [`equidit.data.digits`][]."""
 DIGITS_CLASSES = 10
 """The number of their classes."""
-
-
-_EVER = 2**62
 
 
 class Images(NamedTuple):
@@ -162,7 +152,7 @@ class ArraySource:
         return jax.tree.map(lambda array: array[index], self.arrays)
 
 
-def _source(data: Source | PyTree) -> Source:
+def as_source(data: Source | PyTree) -> Source:
     return data if isinstance(data, Source) else ArraySource(data)
 
 
@@ -283,7 +273,7 @@ def held_out(source: Source | PyTree, count: int, *, seed: int = 0) -> tuple[Sub
 
     The examples for training, and those that are held out.
     """
-    source = _source(source)
+    source = as_source(source)
     size = len(source.label)
     if not 0 <= count < size:
         raise ValueError(f"count={count} must be below {size}, the number of examples")
@@ -314,144 +304,6 @@ def digits() -> tuple[Images, Images]:
     split = train_test_split(rows, test_size=360, random_state=0, stratify=label)
     train_set, held_out = (Images(*(field[part] for field in images)) for part in split)
     return train_set, held_out
-
-
-class _Reader:
-    """Reads one example, or says that it is damaged; the following one then takes its place."""
-
-    def __init__(self, source: Source, skip_corrupt: bool):
-        self.source, self.skip_corrupt = source, skip_corrupt
-
-    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Any, int]:
-        size = len(self.source.label)
-        for skipped in range(size):
-            try:
-                return self.source.read((int(index) + skipped) % size, rng), skipped
-            except ImageError as error:
-                if not (self.skip_corrupt and error.damaged):
-                    raise
-        raise ImageError("every example is damaged", damaged=True)
-
-
-def _count_skipped(batch: tuple[Any, np.ndarray]) -> tuple[Any, int]:
-    return batch[0], int(batch[1].sum())
-
-
-class Batches(Iterator[tuple[Any, int]]):
-    """What [`equidit.data.batches`][] returns: an iterator, to be used in a `with` statement.
-
-    Without one, `close` ends its workers and threads.
-    """
-
-    def __init__(self, iterator: Any):
-        """**Arguments:**
-
-        - `iterator`: grain's.
-        """
-        self._iterator = iterator
-
-    def __next__(self) -> tuple[Any, int]:
-        try:
-            return next(self._iterator)
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
-                raise
-            raise ChildProcessError(
-                f"a process that reads data has died ({str(error).splitlines()[0]}): if memory is "
-                "short, go on with fewer workers, or with workers=0, which reads in threads"
-            ) from error
-
-    def close(self) -> None:
-        """Ends the workers and threads that read."""
-        self._iterator.close()
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def batches(
-    source: Source | PyTree,
-    batch_size: int,
-    *,
-    seed: int,
-    start: int = 0,
-    workers: int = 0,
-    skip_corrupt: bool = False,
-    process: tuple[int, int] = (0, 1),
-    num_classes: int | None = None,
-) -> Batches:
-    """Batches for ever, from the step `start` on: a new shuffle of the data every epoch.
-
-    What is in a batch depends on the seed and the step alone, so that a run which goes on at any
-    step, with any number of workers or processes, sees the same data. Use it in a `with`
-    statement, which ends the workers, or call `next` and at the end `close`.
-
-    **Arguments:**
-
-    - `source`: a [`equidit.data.Source`][], or a pytree of arrays as for
-        [`equidit.data.ArraySource`][].
-    - `batch_size`: of all processes together. A batch may span epochs.
-    - `seed`: of the run.
-    - `start`: number of batches to leave out: the step to go on at.
-    - `workers`: processes that read; 0 reads in threads, which suffices for most data. A script
-        that asks for some must guard its main part by `if __name__ == "__main__":`.
-    - `skip_corrupt`: whether a damaged example is replaced by the one after it, rather than an
-        error.
-    - `process`: this process's number, and how many there are. Each gets its share of the batch.
-    - `num_classes`: of the network that is trained: labels must be below it, as
-        [`equidit.data.check_labels`][] says. `None` does not look.
-
-    **Returns:**
-
-    An iterator over pairs: the batch, a pytree of arrays, and the number of damaged examples that
-    were skipped.
-
-    **Raises:**
-
-    `ValueError` if the processes do not divide the batch, the source is empty, its arrays do not
-    share their first axis, or a label is out of range; and from the iterator
-    [`equidit.data.ImageError`][], which names the file and the index, and `ChildProcessError` if a
-    worker died.
-    """
-    number, count = process
-    if not 0 <= number < count:
-        raise ValueError(
-            f"process={process} must be a number and how many there are, such as (0, 2) and (1, 2)"
-        )
-    if start < 0:
-        raise ValueError(f"start={start} must not be negative")
-    source = _source(source)
-    check_positive(batch_size=batch_size, examples=len(source.label))
-    if batch_size % count:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the processes")
-    if num_classes is not None:
-        if not getattr(source, "labelled", True):
-            raise ValueError(
-                f"num_classes={num_classes} is to check labels, but none of the arrays is called "
-                "'label': give a dictionary such as {'image': ..., 'label': ...}"
-            )
-        check_labels(source.label, num_classes)
-    with extra("train"):
-        import grain
-        from absl import flags
-
-    size = len(source.label)
-    reader = _Reader(source, skip_corrupt)
-    # Without a number of epochs the length is the largest there is, and that of batches overflows.
-    dataset = grain.MapDataset.range(size).seed(seed).shuffle().repeat(_EVER // size)
-    dataset = dataset.random_map(reader).batch(batch_size // count)[start * count + number :: count]
-    # As the last transformation `batch` would answer in shared memory, and leave some behind.
-    dataset = dataset.map(_count_skipped)
-    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
-    stream = dataset.to_iter_dataset(ahead)
-    if workers:
-        # Else the workers refuse to start.
-        flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
-    return Batches(iter(stream))
 
 
 def check_labels(label: Integer[np.ndarray, "*_"], num_classes: int) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 import time
 from typing import Any
 
+from .. import hosts
 from .._base.common import extra
 from .._base.disk import append
 from .folder import Folder
@@ -88,3 +90,9 @@ class Log:
         if row["skipped"]:
             parts.append(f"{row['skipped']} steps skipped")
         self.bar.set_postfix_str(", ".join(parts))
+
+
+def tell(message: str) -> None:
+    """Says something beside the progress bar."""
+    if hosts.is_main():
+        tqdm.write(f"equidit: {message}", file=sys.stderr)

@@ -3,42 +3,33 @@
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Collection, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .. import diffusion as dfn, hosts
-from .._base.common import extra
 from .._base.disk import locked, replace
 from ..checkpoint import CheckpointError, Checkpoints
-from ..configs import build, num_macs
+from ..configs import num_macs
 from ..data import Images, batches, digits
 from ..devices import peak_flops
-from ..seams import Network, StrPath
-from ..train import TrainState, ema_warmup, init_sharded, init_state, make_train_step, shardings
+from ..train import TrainState, ema_warmup, make_train_step
 from . import report
 from .folder import Folder
-from .log import Log
-from .sampling import Sampling, draw
+from .log import Log, tell
+from .sampling import sample
 from .settings import SCHEDULE_STEPS, Settings
-from .task import About, Task, decoder, load
+from .state import new_state, optimizer, state_like
+from .task import Task, decoder, load
 from .validation import hybrid_loss, validation
 from .watch import Guard, Interrupts, Trace
-
-with extra("train"):
-    from tqdm import tqdm
 
 # What may change when a run goes on; the rest would make it another run.
 _FREE = {
@@ -57,49 +48,6 @@ _FREE = {
     "max_skipped",
     "save_errors",
 }
-
-
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """The paper's: Adam without weight decay, warm-up or clipping."""
-    return optax.adam(settings.learning_rate)
-
-
-def new_state(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
-    """The state at step 0."""
-    config = settings.network(about.shape[0], about.num_classes)
-    make_network = partial(build, config, key=settings.key(0))
-    if mesh is None or settings.sharding == "replicated":
-        return init_state(make_network(), optimizer(settings))
-    return init_sharded(make_network, optimizer(settings), mesh, settings.sharding)
-
-
-def state_like(settings: Settings, about: About, mesh: Mesh | None) -> TrainState:
-    """The state's shapes, laid out on the devices. No weight is initialised."""
-    like = eqx.filter_eval_shape(new_state, settings, about, None)
-    if mesh is None:
-        return like
-    layout = shardings(like, mesh, settings.sharding)
-
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    arrays = eqx.filter(like, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    return eqx.combine(jax.tree.map(placed, arrays, layout), like)
-
-
-def restore_ema(path: StrPath) -> Network:
-    """The averaged weights of a run's newest checkpoint. Nothing else is read."""
-    folder = Folder(Path(path))
-    settings, about = folder.read()
-    like = state_like(settings, about, None)
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        return checkpoints.restore_part(like.ema, "ema").state
-
-
-def data_mesh() -> Mesh | None:
-    """All devices of all hosts in a row; `None` for one device."""
-    count = jax.device_count()
-    return jax.make_mesh((count,), ("data",), (AxisType.Auto,)) if count > 1 else None
 
 
 def train(
@@ -151,7 +99,7 @@ class _Run:
 
     def __init__(self, settings: Settings, folder: Folder, task: Task):
         self.settings, self.folder, self.task = settings, folder, task
-        self.mesh = data_mesh()
+        self.mesh = hosts.data_mesh()
         if self.mesh is None and settings.sharding != "replicated":
             raise ValueError(
                 f"sharding={settings.sharding!r} divides the state among devices, but there is "
@@ -331,7 +279,7 @@ class _Run:
         about = self.task.about
         if about.autoencoder is not None and self.decoder is None:
             return
-        ema = gathered(state.ema, self.mesh)
+        ema = hosts.gathered(state.ema, self.mesh)
         if hosts.is_main():
             rows = min(10, about.num_classes)
             columns = 10 if self.decoder is None else 4
@@ -346,7 +294,7 @@ class _Run:
         figures = {"step": int(state.step)} | row
         self._picture(state)
         if self.settings.data == "digits":
-            ema = gathered(state.ema, self.mesh)
+            ema = hosts.gathered(state.ema, self.mesh)
             if hosts.is_main():
                 label = np.arange(500, dtype=np.int32) % self.task.about.num_classes
                 images = Images(sample(self.settings, self.task.about, ema, label), label)
@@ -373,39 +321,6 @@ class _Run:
             f"a row, none of which touched the weights: try a lower --learning-rate. The last good "
             f"checkpoint is {last}"
         )
-
-
-def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """All of every array on every host."""
-    if mesh is None:
-        return tree
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    tree = eqx.filter_jit(lambda t: eqx.filter_shard(t, everywhere))(tree)
-    return jax.tree.map(lambda a: a.addressable_data(0) if eqx.is_array(a) else a, tree)
-
-
-def sample(
-    settings: Settings, about: About, network: Network, labels: np.ndarray, decoder: Any = None
-) -> np.ndarray:
-    """Draws from a run's network by the run's settings, one image a label."""
-    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps)
-    sampling = Sampling(
-        network,
-        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
-        null=about.num_classes,
-        guidance_scale=settings.guidance_scale,
-        sampler="ddim",
-        shape=about.shape,
-        key=settings.key(3),
-        decoder=decoder,
-    )
-    return draw(sampling, labels, batch_size=100 if decoder is None else 8)
-
-
-def tell(message: str) -> None:
-    """Says something beside the progress bar."""
-    if hosts.is_main():
-        tqdm.write(f"equidit: {message}", file=sys.stderr)
 
 
 def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Integer
 from .. import diffusion as dfn
 from ..guidance import guide
 from ..seams import Network, PRNGKey
+from .settings import SCHEDULE_STEPS, Settings
+from .task import About
 
 Sampler = Literal["ddim", "ddpm"]
 _STEPS = {"ddim": dfn.ddim_step, "ddpm": partial(dfn.ddpm_step, variance="learned")}
@@ -129,3 +131,21 @@ def group_of(labels: np.ndarray, group: int, size: int) -> tuple[np.ndarray, np.
     """A group's labels and indices; beyond the last label they start over."""
     index = np.arange(group * size, (group + 1) * size)
     return labels[index % len(labels)], index
+
+
+def sample(
+    settings: Settings, about: About, network: Network, labels: np.ndarray, decoder: Any = None
+) -> np.ndarray:
+    """Draws from a run's network by the run's settings, one image a label."""
+    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps)
+    sampling = Sampling(
+        network,
+        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
+        null=about.num_classes,
+        guidance_scale=settings.guidance_scale,
+        sampler="ddim",
+        shape=about.shape,
+        key=settings.key(3),
+        decoder=decoder,
+    )
+    return draw(sampling, labels, batch_size=100 if decoder is None else 8)
