@@ -115,7 +115,7 @@ MUTATIONS = (
         "Partial.write",
         "[rows.start : rows.stop] = value",
         "[max(rows.start - 1, 0) : max(rows.start - 1, 0) + len(value)] = value",
-        "test_resumable.py::test_a_group_is_written_whole_to_its_own_rows",
+        "test_resumable.py::test_every_row_is_written_once_by_the_group_that_owns_it",
     ),
     Mutation(
         "fingerprints not compared",

@@ -89,13 +89,28 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def data_mesh() -> Mesh | None:
-    """All devices of all hosts in a row; `None` for one device."""
+    """All devices of all hosts in a row, for the axis `"data"`.
+
+    **Returns:**
+
+    A mesh of one axis, with automatic sharding; `None` where there is one device.
+    """
     count = jax.device_count()
     return jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,)) if count > 1 else None
 
 
 def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """All of every array on every host."""
+    """All of every array on every host, such as to write or to draw from what devices share.
+
+    **Arguments:**
+
+    - `tree`: any pytree; what is no array stays as it is.
+    - `mesh`: over which its arrays are divided, or `None` for one device.
+
+    **Returns:**
+
+    The tree with whole arrays of one device of this host. All hosts must call it together.
+    """
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -326,6 +326,7 @@ def test_one_writer_and_leftovers(tmp_path):
     save(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_killed_savers():
     assert faults.killed_savers(kills=2) == {"kill -9 while saving": {"every checkpoint whole": 2}}
 

@@ -37,9 +37,10 @@ def two_processes(folder, sharding):
     return dict(np.load(folder / "found.npz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sharding",
-    ["fsdp", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("replicated", "zero1"))],
+    ["fsdp", "replicated", "zero1"],
 )
 def test_two_processes_compute_the_same_bits_as_one(tmp_path, sharding):
     one, two = hosts_worker.train(sharding, MESH), two_processes(tmp_path, sharding)

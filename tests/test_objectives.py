@@ -114,13 +114,13 @@ def test_bounds_at_the_optimum(prediction, t):
 
 
 def test_losses_draw_uniform_steps_and_their_own_noise():
-    network, x0 = tiny(), images(1)[0]
+    x0 = images(1)[0]
     seen, noisy = [], []
 
     def spy(x, t, cond):
         seen.append(int(t))
         noisy.append(np.asarray(x))
-        return network(x, t, cond)
+        return jnp.concatenate([x, x])
 
     for i in range(200):
         dfn.simple_loss(spy, SHORT, x0, jnp.asarray(3), key=jax.random.key(i))

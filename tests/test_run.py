@@ -21,6 +21,7 @@ from test_cli import error_of, run, saved
 from benchmarks import incidents, kills
 from equidit.checkpoint import CheckpointError, Checkpoints
 from equidit.runs.folder import Folder
+from equidit.runs.watch import Interrupts
 
 SMALL = shlex.split(
     "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --steps 6 --workers 0 "
@@ -222,6 +223,7 @@ def test_two_hosts_make_the_same_run_as_one(latents, tmp_path):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_had_begun(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -289,3 +291,21 @@ def test_a_save_that_fails_stops_the_run_or_not(tmp_path, capsys, monkeypatch):
     assert "step 6 could not" in error_of(capsys, *words, tmp_path / "stop")
     assert run(*words, tmp_path / "warn", "--save-errors", "warn") == 0
     assert "step 6 could not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_is_as_ever(number):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append("theirs"))
+    try:
+        with Interrupts() as interrupts:
+            assert not interrupts.stop(1)
+            signal.raise_signal(number)
+            assert interrupts.stop(1)
+            assert heard == []
+            signal.raise_signal(number)
+            assert heard == ["theirs"]
+        signal.raise_signal(number)
+        assert heard == ["theirs"] * 2
+    finally:
+        signal.signal(number, before)
