@@ -31,7 +31,7 @@ import optax
 
 import equidit as edt
 from equidit.checkpoint import CheckpointError, Checkpoints
-from equidit.checkpoint.hashing import fingerprint
+from equidit.checkpoint.hashing import array_hash
 
 from .common import RESULTS, interleaved, median, write
 
@@ -239,7 +239,7 @@ CAMPAIGNS: dict[str, Callable[[], dict[str, dict[str, int]]]] = {
 def fingerprint_seconds(megabytes: int = 256) -> list[float]:
     """Of one float32 array of that size."""
     array = jax.random.normal(jax.random.key(0), (megabytes, 2**18))
-    return interleaved({"fingerprint": lambda: fingerprint(array)}, 7)["fingerprint"]
+    return interleaved({"fingerprint": lambda: array_hash(array)}, 7)["fingerprint"]
 
 
 def training_state(config: str) -> Any:
