@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import difference, images, randomize, tiny
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 from optax import contrib
 
@@ -289,14 +290,17 @@ def refuse_constants():
     jax.config.update("jax_captured_constants_warn_bytes", before)
 
 
-@pytest.mark.parametrize("name", TEACHING)
+DIVIDED = [{"mesh": 2}, {"mesh": 2, "sharding": "fsdp", "accumulate": 2}]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"mesh": 2}, {"mesh": 2, "sharding": "fsdp", "accumulate": 2}], ids=str
+    ("name", "options"),
+    [(name, {}) for name in TEACHING]
+    + [(name, options) for name in ("module", "partial") for options in DIVIDED],
+    ids=str,
 )
 def test_arrays_of_a_loss_are_no_constants(refuse_constants, name, options):
     if "mesh" in options:
-        if name not in ("module", "partial"):
-            return
         options = options | {"mesh": mesh(options["mesh"])}
     teacher = small(1)
     state, metrics = taught(TEACHING[name](teacher), **options)
@@ -315,6 +319,20 @@ def test_a_loss_s_arrays_change_nothing_but_the_program():
     for teacher in (small(1), small(2)):
         loss = eqx.tree_at(lambda loss: loss.teacher, Distilling(small(3)), teacher)
         assert difference(taught(loss), taught(closing(teacher))) < 1e-6
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("number", [np.float32(2), np.array(2.0, np.float32), jnp.asarray(2.0)])
+def test_a_number_that_a_loss_holds_stays_a_number(number, devices):
+    """What takes Python numbers, such as `vb_weight`, takes none that is traced."""
+
+    def weighed(weight, network, example, key):
+        assert not isinstance(weight, Tracer)
+        return float(weight) * simple(network, example, key)
+
+    options = {} if devices == 1 else {"mesh": mesh(devices)}
+    found, wanted = (taught(partial(weighed, weight), **options) for weight in (number, 2.0))
+    assert difference(found, wanted) == 0
 
 
 def test_a_teacher_that_the_state_holds_is_a_copy():

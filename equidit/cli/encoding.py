@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from .._base.common import check_positive, extra
@@ -21,6 +21,7 @@ from ..checkpoint import fingerprint
 from ..data.images import ImageError, ImageFolder, Small, read_image
 from ..data.latents import FORMAT, SKIPPED, open_latents
 from ..seams import StrPath
+from ..train.sharding import replicated
 from ..vae import Autoencoder
 from .resumable import Partial
 
@@ -154,7 +155,7 @@ def _encoded(
     if not parts:
         return
     mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-    vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
+    vae = replicated(vae, mesh)
     with ThreadPoolExecutor() as pool:
 
         def begin(part: list[list[int]]) -> list[list[Future[np.ndarray | None]]]:

@@ -8,12 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from .. import diffusion as dfn
 from ..guidance import guide
 from ..seams import Network, PRNGKey
+from ..train.sharding import replicated
 from .settings import SCHEDULE_STEPS, Settings
 from .task import About
 
@@ -101,7 +102,7 @@ def batches(
     mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
     arrays, static = eqx.partition(sampling, eqx.is_array)
     # Once, rather than at every call.
-    arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+    arrays = replicated(arrays, mesh)
     sampling = eqx.combine(arrays, static)
     for first in range(0, len(groups), len(devices)):
         part = groups[first : first + len(devices)]

@@ -168,8 +168,10 @@ def usable(state: Any) -> Any:
 
 def check_held(held: PyTree, state: PyTree) -> None:
     """`ValueError` for arrays of the loss that are gone, or that go with `state`."""
-    # At every step, as above.
+    # At every step, as above; most losses hold nothing.
     arrays = [leaf for leaf in jax.tree.leaves(held) if not isinstance(leaf, Tracer)]
+    if not arrays:
+        return
     if any(leaf.is_deleted() for leaf in arrays):
         check_alive(held, "the loss")
     if not {*map(id, arrays)}.isdisjoint(map(id, jax.tree.leaves(state))):

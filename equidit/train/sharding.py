@@ -60,7 +60,7 @@ def shardings(state: PyTree, mesh: Mesh, sharding: str = "replicated") -> PyTree
     return jax.tree.unflatten(jax.tree.structure(arrays), leaves)
 
 
-def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """`tree`'s arrays, whole on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 

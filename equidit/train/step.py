@@ -16,14 +16,7 @@ from jaxtyping import Array, DTypeLike, Int, PyTree
 from .._base.arguments import accepting
 from .._base.common import check_positive, check_share
 from ..seams import Loss, Number, Optimizer, PRNGKey
-from .ema import (
-    Decay as Decay,
-    ema_update as ema_update,
-    ema_warmup as ema_warmup,
-    power_ema_decay as power_ema_decay,
-    reconstruct_ema as reconstruct_ema,
-    std_to_gamma as std_to_gamma,
-)
+from .ema import Decay, ema_update
 from .handover import (
     Metrics,
     buffer,
@@ -40,10 +33,10 @@ from .handover import (
 from .sharding import (
     assemble,
     check_sharding,
-    everywhere,
     global_norm,
     over_devices,
-    shardings as shardings,
+    replicated,
+    shardings,
 )
 
 Tree = TypeVar("Tree")
@@ -178,10 +171,11 @@ def make_train_step(
 
     - `loss`: a [`equidit.Loss`][], `loss(network, example, key)`, for one example: returns its
         number, or the pair `(number, {name: number})` of it and numbers to report. JAX's arrays in
-        it, such as a teacher's weights, are arguments of the compiled program, on all devices of a
-        mesh, in their own dtype, and not donated: those of a Module, of its bound method, or of
-        what `functools.partial` binds. What a plain function closes over cannot be seen, and
-        becomes a constant of the program. A teacher that the state is made of must be a copy.
+        it that have axes, such as a teacher's weights, are arguments of the compiled program, on
+        all devices of a mesh, in their own dtype, and not donated: those of a Module, of its bound
+        method, or of what `functools.partial` binds. What a plain function closes over cannot be
+        seen, and becomes a constant of the program. A teacher that the state is made of must be a
+        copy.
     - `optimizer`: from optax, or any [`equidit.Optimizer`][]; sees float32 gradients of the mean
         loss over the whole batch, as whole arrays however they are laid out, so that any optimizer
         is right in any mode. The loss itself is `value=` to those that take it, such as
@@ -241,15 +235,15 @@ def make_train_step(
     ordered = ordered_sums
     if ordered is None:
         ordered = mesh is not None and mesh.devices.flat[0].platform == "cpu"
-    held, rest_of_loss = eqx.partition(_opened(loss), eqx.is_array)
+    held, rest_of_loss = eqx.partition(_opened(loss), _is_held)
     if mesh is not None:
         check_held(held, ())
-        held = everywhere(held, mesh)
+        held = replicated(held, mesh)
 
     def mean_loss(
-        params: PyTree, static: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
+        params: PyTree, fixed: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
     ) -> tuple[Array, PyTree]:
-        static, held = static
+        static, held = fixed
         network = assemble(params, static, layout, dtype, ordered=ordered)
         loss = eqx.combine(held, rest_of_loss)
         one = lambda example, key: reported(loss(network, example, key))  # noqa: E731
@@ -257,13 +251,13 @@ def make_train_step(
         return losses.mean(), (losses, numbers)
 
     def gradient(
-        params: PyTree, static: PyTree, batch_and_keys: PyTree, layout: PyTree | None = None
+        params: PyTree, fixed: PyTree, batch_and_keys: PyTree, layout: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         """What one device's examples gave, and the gradient of their mean loss."""
 
         def micro(part: PyTree) -> tuple[PyTree, PyTree]:
             grad = jax.value_and_grad(mean_loss, has_aux=True)
-            (_, results), grads = grad(params, static, layout, *part)
+            (_, results), grads = grad(params, fixed, layout, *part)
             return results, grads
 
         if accumulate == 1:
@@ -377,6 +371,11 @@ def _ema(state: TrainState, network: PyTree, decay: Decay | Mapping[str, Decay])
     if isinstance(decay, Mapping):
         return {name: update(state.ema[name], one) for name, one in decay.items()}
     return update(state.ema, decay)
+
+
+def _is_held(leaf: Any) -> bool:
+    """Whether a leaf of the loss is worth an argument: one number is as good as a Python one."""
+    return isinstance(leaf, jax.Array) and leaf.ndim > 0
 
 
 def _is_shape(leaf: Any) -> bool:
