@@ -1,7 +1,9 @@
 """The benchmark suite: what it counts, its table of chips, and how it refuses bad input."""
 
+import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +19,7 @@ from benchmarks import (
     compare,
     flops,
     hlo,
+    mutations,
     report,
     scaling,
     throughput,
@@ -33,6 +36,20 @@ def test_every_part_is_listed_with_its_question(capsys):
         assert f"  {part} " in listing
     with pytest.raises(SystemExit, match=r"part 'flop' is unknown: choose from flops"):
         suite.main(["flop"])
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_mutation_has_its_place_and_its_test(mutation):
+    source = mutations.place(mutation, mutations.ROOT).read_text()
+    assert mutations.mutated(mutation, source) != source
+    file, _, test = mutation.tests.partition("::")
+    assert f"def {test}" in (Path(__file__).parent / file).read_text()
+
+
+def test_a_mutation_that_fits_nowhere_is_an_error():
+    gone = dataclasses.replace(mutations.MUTATIONS[0], old="no such text")
+    with pytest.raises(SystemExit, match=r"'exact GELU': 0 functions MLP\.__call__ have"):
+        mutations.place(gone, mutations.ROOT)
 
 
 @pytest.mark.parametrize("block", flops.BLOCKS)
