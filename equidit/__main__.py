@@ -1,3 +1,5 @@
+"""The `equidit` command, as `python -m equidit` runs it too."""
+
 import sys
 
 

@@ -6,6 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ._base.common import check_positive
+from ._base.parts import DATA
 
 
 def initialize(
@@ -76,7 +77,7 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     `ValueError` for a batch that this process's devices do not divide.
     """
     mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-    unit = mine * mesh.shape["data"] // mesh.devices.size
+    unit = mine * mesh.shape[DATA] // mesh.devices.size
     for size in {leaf.shape[0] for leaf in jax.tree.leaves(batch)}:
         if size < 1 or size % unit:
             fit = max(unit, size // unit * unit)
@@ -84,7 +85,7 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
                 f"a share of {size} examples does not divide over this process's {mine} devices: "
                 f"take a multiple of {unit} such as {fit} or {fit + unit}"
             )
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(DATA))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
@@ -96,7 +97,7 @@ def data_mesh() -> Mesh | None:
     A mesh of one axis, with automatic sharding; `None` where there is one device.
     """
     count = jax.device_count()
-    return jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,)) if count > 1 else None
+    return jax.make_mesh((count,), (DATA,), (jax.sharding.AxisType.Auto,)) if count > 1 else None
 
 
 def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
