@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._base.common import check_choice, check_positive, choose_from, is_parameter
+from ._base.common import check_positive, is_parameter
+from ._base.texts import check_choice, choose_from
 from .nn.blocks import (
     AdaLNBlock,
     AdaLNZeroBlock,

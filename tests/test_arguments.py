@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -300,3 +300,13 @@ print(network(np.ones((1, 8, 8)), 5, 2).shape)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(2, 8, 8)"
+
+
+def test_strings_outside_a_literal_name_the_choices():
+    @accepting
+    def draw(mode: Literal["fast", "exact"] | None = None) -> str | None:
+        return mode
+
+    assert (draw(), draw("fast"), draw(None)) == (None, "fast", None)
+    with pytest.raises(ValueError, match=r"mode='exakt' is unknown: did you mean 'exact'\?"):
+        draw(mode="exakt")

@@ -1,8 +1,9 @@
 """How arguments come in, for every public function and module of the package alike.
 
 What `jnp.asarray` takes becomes an array where an array is asked for, a concrete array of no axes a
-Python number where a number is, and a key of `jax.random.PRNGKey` one of `jax.random.key`. A type
-error is told in a few lines, and where an array has an axis too many it names `jax.vmap`.
+Python number where a number is, and a key of `jax.random.PRNGKey` one of `jax.random.key`. For a
+string that is none of a `Literal`'s a `ValueError` names the choices. A type error is told in a few
+lines, and where an array has an axis too many it names `jax.vmap`.
 """
 
 import functools
@@ -12,13 +13,15 @@ import itertools
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import AbstractArray, Key, TypeCheckError
+
+from .texts import brief, check_choice
 
 Converter = Callable[[Any], Any]
 _NUMBERS = (bool, int, float, complex, np.bool_, np.number)
@@ -64,7 +67,7 @@ def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with its arguments made what its annotations ask for."""
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
-    named = {p.name: _converter(p.annotation) for p in parameters}
+    named = {p.name: _converter(p.name, p.annotation) for p in parameters}
     placed = [named[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
     @functools.wraps(function)
@@ -96,14 +99,17 @@ def _name(error: TypeError, signature: inspect.Signature, function: Any, *given:
             error.args = (f"{function.__qualname__}: {error}",)
 
 
-def _converter(annotation: Any) -> Converter | None:
+def _converter(name: str, annotation: Any) -> Converter | None:
     """What makes an argument of what was given; `None` where all is left as it is."""
     if get_origin(annotation) is tuple:
-        inner = [_converter(item) for item in get_args(annotation) if item is not ...]
+        inner = [_converter(name, item) for item in get_args(annotation) if item is not ...]
         if not any(inner) or len(inner) != len(get_args(annotation)):
             return None
         return functools.partial(_tuple, inner)
     members = list(union_members(annotation))
+    choices = [c for m in members if get_origin(m) is Literal for c in get_args(m)]
+    if choices and str not in members:
+        return functools.partial(_choice, name, choices)
     arrays = [m for m in members if inspect.isclass(m) and issubclass(m, AbstractArray)]
     others = tuple(m for m in members if inspect.isclass(m) and m not in arrays)
     if any(a.dtype is Key for a in arrays):
@@ -128,6 +134,12 @@ def union_members(annotation: Any) -> Iterator[Any]:
 def _dtypes(annotation: Any) -> list[str]:
     names = annotation.dtypes
     return [n for n in names if isinstance(n, str)] if isinstance(names, list | tuple) else []
+
+
+def _choice(name: str, choices: list[Any], value: Any) -> Any:
+    if isinstance(value, str):
+        check_choice(name, value, choices)
+    return value
 
 
 def _array(to: Callable[[Any], Any], others: tuple[type, ...], integral: bool, value: Any) -> Any:
@@ -175,7 +187,7 @@ def _brief(
     text = str(error)
     for name, following in (("Actual value", "Expected type"), ("Called with", "Parameter annot")):
         text = re.sub(
-            rf"(?s)(?<=^{name}).*?(?=\n{following})", lambda m: _cut(m[0]), text, flags=re.M
+            rf"(?s)(?<=^{name}).*?(?=\n{following})", lambda m: brief(m[0], 300), text, flags=re.M
         )
     name = f"{function.__module__}.{function.__qualname__}."
     if text.startswith(f"Type-check error whilst checking the parameters of {name}"):
@@ -185,15 +197,10 @@ def _brief(
     return error
 
 
-def _cut(text: str, limit: int = 300) -> str:
-    text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
 def _hints(function: Callable[..., Any], given: dict[str, Any]) -> Iterator[str]:
     for name, parameter in inspect.signature(function).parameters.items():
         shape = getattr(given.get(name), "shape", None)
-        if name in given and shape is None and _converter(parameter.annotation) is _key:
+        if name in given and shape is None and _converter(name, parameter.annotation) is _key:
             seed = given[name] if type(given[name]) is int else 0
             yield f"\n{name} must be a key, such as jax.random.key({seed})"
         for member in union_members(parameter.annotation):

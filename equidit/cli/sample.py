@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
-from .._base.common import check_positive, choose_from, extra
+from .._base.common import check_positive, extra
+from .._base.texts import choose_from
 
 with extra("train"):
     import tyro

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Num, PyTree
 
-from .._base.common import brief, extra
+from .._base.common import extra
+from .._base.texts import brief
 from ..seams import PRNGKey, StrPath
 from .images import ImageError, ImageFolder, Small, read_image
 from .latents import open_latents

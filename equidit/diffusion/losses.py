@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._base.common import check_choice, upcast
+from .._base.common import upcast
+from .._base.texts import check_choice
 from ..seams import Network, Number, PRNGKey
 from .predictions import prediction_of, x0_and_eps
 from .schedules import (

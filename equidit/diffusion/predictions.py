@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._base.common import check_choice
+from .._base.texts import check_choice
 from ..seams import Number
 from .schedules import Image, Index, Schedule, predict_eps, predict_v, predict_x0, times
 

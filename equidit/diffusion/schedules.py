@@ -9,7 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .._base.common import check_choice, upcast
+from .._base.common import upcast
+from .._base.texts import check_choice
 
 Image = Float[Array, "channels height width"]
 """One image or latent."""

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._base.common import brief, upcast
+from .._base.common import upcast
+from .._base.texts import brief
 from ..seams import Network, Number, PRNGKey, Scalar
 from .losses import log_variance_of, split_output
 from .predictions import x0_and_eps

@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .._base.common import Module, check_choice, check_module, check_positive
+from .._base.common import Module, check_module, check_positive
 from .._base.parts import Part, whole
+from .._base.texts import check_choice
 from ..seams import Conditioning, PRNGKey
 
 # Cheaper to do again than to remember; gathered parameters would be remembered through these.

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._base.common import brief, choose_from, extra
+from .._base.common import extra
+from .._base.texts import brief, choose_from
 from ..seams import StrPath
 from .pickles import read_torch
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._base.common import brief
+from .._base.texts import brief
 from .files import Tensor, Weights
 
 Tree = TypeVar("Tree")

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._base.common import choose_from
+from .._base.texts import choose_from
 from ..configs import Config
 from ..nn.blocks import AdaLNZeroBlock
 from ..nn.conditioning import LabelConditioner

@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any
 
-from .._base.common import brief, check_statistics
+from .._base.common import check_statistics
+from .._base.texts import brief
 from ..configs import CONFIGS, Config
 from .files import Tensor, Weights
 from .names import AUTOENCODER, DIFFUSERS, OFFICIAL, Table, name_of

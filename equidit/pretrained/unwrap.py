@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .._base.common import brief
+from .._base.texts import brief
 
 # Of DistributedDataParallel, torch.compile and Lightning. Any prefix of all names is left out; that
 # one of these is only on some is an error.

@@ -10,8 +10,8 @@ from typing import Any
 
 from beartype.door import is_bearable
 
-from .._base.common import brief
 from .._base.disk import replace
+from .._base.texts import brief
 from .settings import Settings
 from .task import About
 

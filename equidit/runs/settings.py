@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import jax
 
-from .._base.common import check_choice, check_positive
+from .._base.common import check_positive
+from .._base.texts import check_choice
 from ..configs import CONFIGS, Config
 from ..seams import PRNGKey
 

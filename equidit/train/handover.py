@@ -12,7 +12,8 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, PyTree
 
-from .._base.common import brief, is_parameter, upcast
+from .._base.common import is_parameter, upcast
+from .._base.texts import brief
 from ..seams import Optimizer
 
 # What the step itself reports.

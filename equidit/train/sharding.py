@@ -10,8 +10,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, PyTree
 
-from .._base.common import check_choice, upcast
+from .._base.common import upcast
 from .._base.parts import DATA, Part, gather, scans, sum_all, sum_scatter, whole
+from .._base.texts import check_choice
 
 Sharding = Literal["replicated", "zero1", "fsdp"]
 # What of the state each mode divides among the devices; the rest is on all of them.
