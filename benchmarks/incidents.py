@@ -64,7 +64,7 @@ class Trial:
             coordinator = f"127.0.0.1:{found.getsockname()[1]}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if self.count == 1 else 2}",
+            "JAX_NUM_CPU_DEVICES": "1" if self.count == 1 else "2",
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }

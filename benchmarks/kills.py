@@ -59,7 +59,7 @@ def command(out: Path, *more: str) -> list[str]:
 def start(words: list[str], cache: Path) -> subprocess.Popen[bytes]:
     """Starts a process with one device; what it compiles is kept for the next."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

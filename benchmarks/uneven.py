@@ -199,7 +199,7 @@ def campaign(draws: int, kills: int, seed: int, package: Path) -> list[dict[str,
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         for devices in sorted({draw["devices"] for draw in todo}):
             part = [draw for draw in todo if draw["devices"] == devices]
-            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            environment["JAX_NUM_CPU_DEVICES"] = str(devices)
             script = [sys.executable, __file__, "--worker", json.dumps(part), str(folder)]
             lines = subprocess.run(
                 script, env=environment, stdout=subprocess.PIPE, text=True, check=True

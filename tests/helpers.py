@@ -12,6 +12,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, jaxtyped
 
@@ -76,14 +77,21 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def randomize(tree: Any, seed: int = 0, scale: float = 0.1) -> Any:
-    """Every array drawn anew, so that no zero-initialised gate hides what is behind it."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    draw = [
-        scale * jax.random.normal(key, leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, draw)
+    """Every array, or its shape, drawn anew: no zero-initialised gate hides what is behind it."""
+    draw = np.random.default_rng(seed).standard_normal
+
+    def drawn(leaf: Any) -> Any:
+        is_array = eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.asarray(scale * draw(leaf.shape), leaf.dtype) if is_array else leaf
+
+    return jax.tree.map(drawn, tree)
+
+
+def made(kind: Callable[..., Any], *sizes: Any, seed: int = 0, scale: float = 0.1, **options: Any):
+    """A module with random weights, without compiling what would initialise it."""
+    build = partial(kind, *sizes, **options)
+    shapes = eqx.filter_eval_shape(lambda key: build(key=key), jax.random.key(0))
+    return randomize(shapes, seed, scale)
 
 
 def difference(a: Any, b: Any) -> float:
@@ -113,11 +121,11 @@ def tiny(**overrides: Any) -> edt.DiT:
         "num_heads": 4,
         "num_classes": 10,
     }
-    return randomize(edt.DiT(**(sizes | overrides), key=jax.random.key(0)))
+    return made(edt.DiT, **(sizes | overrides))
 
 
 def images(count: int, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (count, *shape))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((count, *shape)), jnp.float32)
 
 
 def check_fields(module: Any) -> None:
@@ -164,7 +172,7 @@ COMMAND = [
 
 def with_devices(count: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def free_port() -> int:

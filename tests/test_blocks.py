@@ -14,7 +14,7 @@ from helpers import (
     READS_VECTOR,
     check_fields,
     images,
-    randomize,
+    made,
     tree_allclose,
 )
 from jax.sharding import AxisType, PartitionSpec
@@ -39,12 +39,11 @@ every_name = pytest.mark.parametrize("name", BLOCKS)
 
 
 def new(make, seed=1):
-    return randomize(make(DIM, HEADS, key=jax.random.key(0)), seed)
+    return made(make, DIM, HEADS, seed=seed)
 
 
 def stack(make, remat=None):
-    made = edt.Stack(partial(make, DIM, HEADS), DEPTH, remat=remat, key=jax.random.key(0))
-    return randomize(made)
+    return made(edt.Stack, partial(make, DIM, HEADS), DEPTH, remat=remat)
 
 
 @every_block
@@ -141,20 +140,24 @@ def test_bfloat16(make):
 
 
 @every_block
-@pytest.mark.parametrize("remat", [None, "dots", "full"])
-def test_stack_equals_a_loop(make, remat):
-    layers = stack(make, remat)
+def test_stack_equals_a_loop(make):
+    @jax.jit
+    def scan(layers):
+        return jax.value_and_grad(lambda layers: jnp.square(layers(TOKENS[0], COND)).mean())(layers)
 
-    def loop(layers, x):
-        for block in layers.unstack():
+    @jax.jit
+    @jax.value_and_grad
+    def loop(layers):
+        blocks, x = layers.unstack(), TOKENS[0]
+        assert len(blocks) == DEPTH
+        for block in blocks:
             x = block(x, COND)
-        return x
+        return jnp.square(x).mean()
 
-    assert len(layers.unstack()) == DEPTH
-    assert tree_allclose(layers(TOKENS[0], COND), loop(layers, TOKENS[0]), 1e-5)
-    square = lambda f: jax.grad(lambda layers: jnp.square(f(layers)).mean())(layers)  # noqa: E731
-    scanned = square(lambda layers: layers(TOKENS[0], COND))
-    assert tree_allclose(scanned, square(lambda layers: loop(layers, TOKENS[0])), 1e-5)
+    expected = loop(stack(make))
+    for remat in (None, "dots", "full"):
+        found = scan(stack(make, remat))
+        assert tree_allclose(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-5), remat
 
 
 @every_block
@@ -166,8 +169,7 @@ def test_gradient_reaches_every_parameter(make):
 
 @every_block
 def test_blocks_of_a_stack_differ(make):
-    made = edt.Stack(partial(make, DIM, HEADS), 2, key=jax.random.key(0))
-    first, second = made.unstack()
+    first, second = edt.Stack(partial(make, DIM, HEADS), 2, key=jax.random.key(0)).unstack()
     matrices = [
         (a, b)
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
@@ -223,7 +225,7 @@ def modulation64(block):
 @pytest.mark.parametrize("name", ["adaln", "cross-attention", "in-context", "text-cross-attention"])
 def test_is_the_formula(name):
     """The layouts of the paper's table, in NumPy and float64."""
-    exact = randomize(BLOCKS[name](DIM, HEADS, key=jax.random.key(0)), scale=0.3)
+    exact = made(BLOCKS[name], DIM, HEADS, scale=0.3)
     block = jax.tree.map(lambda a: np.asarray(a, np.float64), exact)
     x, context = np.asarray(TOKENS[0], np.float64), np.asarray(MATRICES[0], np.float64)
     if name == "adaln":
