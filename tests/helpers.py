@@ -138,7 +138,8 @@ def published(folder: Path, *, latent_channels: int = 4) -> tuple[Path, Path]:
     """A small official file of a DiT for 32x32 images, and its autoencoder's folder."""
     from safetensors.numpy import save_file
 
-    from equidit.pretrained.names import OFFICIAL, export
+    from equidit.pretrained.official import OFFICIAL
+    from equidit.pretrained.tables import export
 
     network = tiny(in_channels=4, hidden_size=16)
     arrays = {name: np.array(leaf) for name, leaf in export(network, OFFICIAL).items()}

@@ -31,7 +31,8 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
 COMMANDS = {"cli.main", "cli.train", "cli.sample", "cli.encode"}
-INNER = {"checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"} | COMMANDS
+INNER = {"checkpoint.backend", "runs.folder", *(f"pretrained.{n}" for n in ("files", "folders"))}
+INNER |= COMMANDS
 RECORDS = {"ImageFolder.__init__"}
 
 

@@ -16,7 +16,8 @@ from test_vae import SIZES, autoencoder, theirs as their_vae
 
 import equidit as edt
 from equidit import diffusion as dfn, pretrained
-from equidit.pretrained.names import OFFICIAL, export
+from equidit.pretrained.official import OFFICIAL
+from equidit.pretrained.tables import export
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -24,8 +24,9 @@ from test_golden import network_failures
 
 import equidit as edt
 from equidit import pretrained
-from equidit.pretrained import files, networks
-from equidit.pretrained.names import OFFICIAL, export
+from equidit.pretrained import files, folders, official as official_files, transformer
+from equidit.pretrained.official import OFFICIAL
+from equidit.pretrained.tables import export
 
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
@@ -187,16 +188,16 @@ def test_other_networks_are_refused(change, message):
 
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="hoose from official, diffusers"):
-        pretrained.from_state_dict(official(golden("dit_tiny")), num_heads=2, arithmetic="theirs")
+        pretrained.from_state_dict({}, arithmetic="theirs")  # pyright: ignore[reportArgumentType]
 
 
 def test_licence_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(networks, "_told", set())
+    monkeypatch.setattr(transformer, "_told", set())
     with caplog.at_level(logging.INFO):
         network("dit_tiny")
         assert not caplog.records
         sizes = {"hidden_size": 32, "depth": 2, "patch_size": 2, "num_classes": 4}
-        monkeypatch.setattr(networks, "_PUBLISHED", sizes)
+        monkeypatch.setattr(transformer, "_PUBLISHED", sizes)
         network("dit_tiny")
         network("dit_tiny")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -205,9 +206,9 @@ def test_licence_is_logged_once(monkeypatch, caplog):
 
 def test_no_random_initialisation(monkeypatch):
     made = []
-    skeleton = networks._skeleton
+    skeleton = transformer.skeleton
     monkeypatch.setattr(
-        networks, "_skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
+        transformer, "skeleton", lambda *a, **k: made.append(skeleton(*a, **k)) or made[-1]
     )
     network("dit_tiny")
     kinds = {type(leaf) for leaf in jax.tree.leaves(made)}
@@ -596,7 +597,7 @@ def folder(tmp_path_factory):
 def test_hostile_sizes_in_a_config(folder, monkeypatch, name):
     """They are refused before a network of such a size is thought of."""
     text = (folder / "config.json").read_text()
-    monkeypatch.setattr(networks, "_skeleton", None)
+    monkeypatch.setattr(transformer, "skeleton", None)
     try:
         for value in HOSTILE:
             (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
@@ -648,9 +649,10 @@ def test_hostile_shapes_in_a_state_dict(change, message):
     def read():
         raise AssertionError("weights were read")
 
-    weights = {name: files.Tensor(shape, read) for name, shape in shapes.items()}
+    tensors = {name: files.Tensor(shape, read) for name, shape in shapes.items()}
+    weights = files.weights_of(tensors, "hostile.pt")
     with pytest.raises(ValueError, match=message) as error:
-        networks._from_official(weights, None, "hostile.pt", 2, "official")
+        official_files.network_of(official_files.sized(weights, 2), "official")
     assert len(str(error.value)) < 5000
 
 
@@ -822,7 +824,7 @@ def test_writing_is_whole_at_every_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("mkdir", "write_text", "rename"):
             patch.setattr(Path, name, watch(getattr(Path, name)))
-        patch.setattr(files, "_to_disk", watch(files._to_disk))
+        patch.setattr(folders, "to_disk", watch(folders.to_disk))
         write(folder, 2.0)
     after = contents(folder)
     assert after != before
