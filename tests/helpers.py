@@ -103,17 +103,27 @@ def tree_allclose(a: Any, b: Any, tolerance: float = 0.0) -> bool:
     return difference(a, b) <= tolerance
 
 
+TINY: dict[str, Any] = {
+    "in_channels": 1,
+    "patch_size": 2,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
+
 def tiny(**overrides: Any) -> edt.DiT:
     """A small network with random weights, for digits-like inputs of 1x8x8."""
-    sizes: dict[str, Any] = {
-        "in_channels": 1,
-        "patch_size": 2,
-        "hidden_size": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "num_classes": 10,
-    }
-    return randomize(edt.DiT(**(sizes | overrides), key=jax.random.key(0)))
+    return randomize(edt.DiT(**(TINY | overrides), key=jax.random.key(0)))
+
+
+def drawn(make: Callable[..., Any], scale: float = 0.1, **sizes: Any) -> Any:
+    """`randomize(make(...))`, but drawn by NumPy: nothing is compiled for the arrays' shapes."""
+    skeleton = eqx.filter_eval_shape(partial(make, **sizes), key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jax.device_put(np.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype))  # noqa: E731
+    return jax.tree.map(draw, skeleton)
 
 
 def images(count: int, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> jax.Array:

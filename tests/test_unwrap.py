@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from goldens import network
-from helpers import tiny, tree_allclose
+from helpers import tree_allclose
 from hypothesis import given, settings, strategies as st
-from test_pretrained import our_output, state_dict, their_dit, their_output, torch
+from test_pretrained import our_output, small, state_dict, their_dit, their_output, torch
 
 import equidit as edt
 from equidit import pretrained
 from equidit.pretrained.official import OFFICIAL
 from equidit.pretrained.tables import export
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 STATE = state_dict()
 OTHER = {name: value if name == "pos_embed" else value + 1 for name, value in STATE.items()}
@@ -194,7 +196,7 @@ def test_arrays_of_a_model_in_memory():
     ],
 )
 def test_sizes_of_saved_networks(tmp_path, sizes, side, wrappers):
-    expected = tiny(**sizes)
+    expected = small(**sizes)
     state = {n: torch.tensor(np.asarray(a)) for n, a in export(expected, OFFICIAL).items()}
     grid = side // expected.patch_size
     dim = expected.patch_embed.weight.shape[0]

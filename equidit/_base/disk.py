@@ -34,7 +34,7 @@ def replacing(path: StrPath) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def to_disk(path: Path) -> None:
+def to_disk(path: StrPath) -> None:
     """What was written to a file, or the names in a folder, survive a loss of power from here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -95,7 +95,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return {name: shards[file][name] for name, file in places.items()}
 
 
-def write_folder(path: StrPath, config: dict[str, Any], arrays: Mapping[str, Array]) -> None:
+def write_folder(
+    path: StrPath, config: dict[str, Any], arrays: Mapping[str, Array | np.ndarray]
+) -> None:
     """One of diffusers' folders, in float32.
 
     It is written beside its place, under a hidden name, and moved there when it is on the disk:

@@ -40,7 +40,9 @@ class Row(NamedTuple):
         pattern = self._pattern(leaf)
         return theirs if pattern is None else einops.rearrange(theirs, pattern)
 
-    def theirs(self, ours: Array, leaf: str, network: eqx.Module) -> Array:
+    def theirs(
+        self, ours: Array | np.ndarray, leaf: str, network: eqx.Module
+    ) -> Array | np.ndarray:
         """Our array with their axes."""
         if (pattern := self._pattern(leaf)) is None:
             return ours
