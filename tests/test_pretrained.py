@@ -26,6 +26,7 @@ from test_golden import network_failures
 
 import equidit as edt
 from equidit import pretrained
+from equidit.cli import sources
 from equidit.pretrained import files, folders, official as official_files, transformer
 from equidit.pretrained.official import OFFICIAL
 from equidit.pretrained.tables import export
@@ -320,6 +321,16 @@ def test_what_is_described_loads_without_opening_the_file_again(tmp_path, kind):
     assert copy == found
     with pytest.raises(ValueError, match=r"only what describe returns can load itself"):
         copy.load(arithmetic="official")
+
+
+def test_sampling_opens_a_file_once(tmp_path, monkeypatch):
+    arrays = export(small(in_channels=3), OFFICIAL)
+    path = safetensors(tensors(arrays), tmp_path)
+    read, opened = official_files.read_file, []
+    monkeypatch.setattr(official_files, "read_file", lambda p: opened.append(p) or read(p))
+    drawable = sources.of_weights(str(path), None, size=8, num_heads=4, arithmetic="official")
+    assert opened == [path]
+    assert tree_allclose(drawable.network, pretrained.from_state_dict(arrays, num_heads=4))
 
 
 def test_describing_reads_no_weights(tmp_path, monkeypatch):

@@ -49,10 +49,6 @@ class Weights:
     source: str
     args: Mapping[str, Any]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
 
 def weights_of(
     arrays: Mapping[str, Any], source: str, args: Mapping[str, Any] | None = None
@@ -63,16 +59,23 @@ def weights_of(
 
 
 def _tensor(array: Any, name: str) -> Tensor:
-    torch = sys.modules.get("torch")
     if isinstance(array, Tensor):
         return array
+    torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return _of_torch(array, name)
-    if not isinstance(array, np.ndarray | jax.Array) or not jnp.issubdtype(
-        array.dtype, jnp.floating
-    ):
+        dense = array.is_floating_point() and array.layout == torch.strided
+        dense = dense and array.device.type != "meta"
+    else:
+        dense = isinstance(array, np.ndarray | jax.Array)
+        dense = dense and jnp.issubdtype(array.dtype, jnp.floating)
+    if not dense:
         raise ValueError(f"{name} is no dense floating-point tensor: leave it out")
-    return Tensor(array.shape, lambda: np.asarray(array).astype(np.float32, copy=False))
+    if isinstance(array, np.ndarray | jax.Array):
+        return Tensor(array.shape, lambda: np.asarray(array).astype(np.float32, copy=False))
+    shape = tuple(array.shape)
+    if array.numel() * array.element_size() > array.untyped_storage().nbytes():
+        raise ValueError(f"{name} claims {shape}, more than the file holds")
+    return Tensor(shape, lambda: array.detach().float().cpu().numpy())
 
 
 def fetch(path: StrPath, *, file: bool = False, subfolder: str = "") -> Path:
@@ -127,20 +130,6 @@ def read_file(path: Path) -> Any:
     if path.suffix not in _READERS:
         raise ValueError(f"{path} is of an unknown kind: {choose_from(_READERS, path.suffix)}")
     return _READERS[path.suffix](path)
-
-
-def _of_torch(tensor: Any, name: str) -> Tensor:
-    import torch
-
-    if (
-        not tensor.is_floating_point()
-        or tensor.layout != torch.strided
-        or tensor.device.type == "meta"
-    ):
-        raise ValueError(f"{name} is no dense floating-point tensor: leave it out")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} claims {tuple(tensor.shape)}, more than the file holds")
-    return Tensor(tuple(tensor.shape), lambda: tensor.detach().float().cpu().numpy())
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

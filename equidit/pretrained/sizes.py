@@ -14,17 +14,16 @@ from .files import Weights
 
 def shapes_of(weights: Weights, kind: str, ranks: Mapping[str, int]) -> list[tuple[int, ...]]:
     """The shapes of these arrays, of so many axes each: `ValueError` if one is no such array."""
-    shapes = weights.shapes
-    wrong = [
-        n for n, rank in ranks.items() if len(shape := shapes.get(n, ())) != rank or 0 in shape
-    ]
-    if wrong:
-        held = brief(", ".join(sorted(shapes)[:20]) or "nothing", 1000)
+    held = weights.tensors
+    found = [held[name].shape if name in held else () for name in ranks]
+    pairs = zip(ranks.items(), found, strict=True)
+    if wrong := [name for (name, rank), shape in pairs if len(shape) != rank or 0 in shape]:
+        names = brief(", ".join(sorted(held)[:20]) or "nothing", 1000)
         raise ValueError(
             f"{weights.source} is no state dict of {kind}: missing or of another shape are "
-            f"{', '.join(wrong)}; it holds {held}"
+            f"{', '.join(wrong)}; it holds {names}"
         )
-    return [shapes[name] for name in ranks]
+    return found
 
 
 def count(weights: Weights, prefix: str) -> int:

@@ -154,7 +154,7 @@ def _keys(table: Table, leaf: str, depth: int) -> list[list[str]]:
 
 
 def _compare(expected: dict[str, tuple[int, ...]], weights: Weights) -> None:
-    shapes = weights.shapes
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys()),

@@ -16,6 +16,8 @@ _INNER = re.compile(r"(?<=\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 _COUNTER = "n_averaged"
 _ARGUMENTS = ("args", "hyper_parameters")
 _DEEPEST = 4
+# A network's arrays under its own names, and all names that are beside them, these included.
+_Group = tuple[dict[str, Any], list[str]]
 
 
 class _Place(NamedTuple):
@@ -24,7 +26,6 @@ class _Place(NamedTuple):
     beside: Mapping[Any, Any]
     prefix: str
     names: list[str]
-    """All that are beside the arrays, these included."""
 
     @property
     def whole(self) -> bool:
@@ -121,7 +122,7 @@ def _places(content: Mapping[Any, Any], anchor: str) -> dict[str, _Place]:
     A mapping is looked through once, however often it is in the file.
     """
     found: dict[str, _Place] = {}
-    groups: dict[int, dict[str, tuple[dict[str, Any], list[str]]]] = {}
+    groups: dict[int, dict[str, _Group]] = {}
     queue: list[tuple[tuple[str, ...], Mapping[Any, Any], Any, Mapping[Any, Any]]]
     queue = [((), content, None, {})]
     for path, mapping, args, beside in queue:
@@ -141,7 +142,7 @@ def _places(content: Mapping[Any, Any], anchor: str) -> dict[str, _Place]:
     return found
 
 
-def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, tuple[dict[str, Any], list[str]]]:
+def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, _Group]:
     """The networks in one mapping by their prefixes, and all its names."""
     keys = {key: _INNER.sub("", str(key)) for key in mapping}
     if len(set(keys.values())) < len(keys):
@@ -160,17 +161,8 @@ def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, tuple[dict[str
         if name != _COUNTER and not isinstance(mapping[key], Mapping)
     }
     names = list(arrays)
-    return {
-        prefix: (
-            {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            },
-            names,
-        )
-        for prefix in prefixes[:100]
-    }
+    own = {p: [name for name in names if name.startswith(p)] for p in prefixes[:100]}
+    return {p: ({n.removeprefix(p): arrays[n] for n in own[p]}, names) for p in own}
 
 
 def _brief_names(content: Mapping[Any, Any]) -> str:
