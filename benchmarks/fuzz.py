@@ -258,7 +258,7 @@ def _quicken() -> None:
     import equinox as eqx
     import jax
 
-    from equidit.pretrained import names, networks
+    from equidit.pretrained import autoencoder, tables, transformer
 
     found: dict[str, Any] = {}
 
@@ -268,17 +268,17 @@ def _quicken() -> None:
             found[name] = function(*arguments, **options)
         return found[name]
 
-    make, shape = networks._skeleton, eqx.filter_eval_shape
-    put(networks, "_skeleton", lambda *arguments: once(make, *arguments))
+    make, shape = transformer.skeleton, eqx.filter_eval_shape
+    put(transformer, "skeleton", lambda *arguments: once(make, *arguments))
 
     def shapes(function: Any, *arguments: Any, **options: Any) -> Any:
         if arguments:
             return shape(function, *arguments, **options)
         return once(lambda **given: shape(function, **given), **options)
 
-    put(networks, "eqx", SimpleNamespace(filter_eval_shape=shapes))
-    kept = {"tree": jax.tree, "tree_util": jax.tree_util, "Array": jax.Array}
-    put(names, "jax", SimpleNamespace(**kept, device_put=lambda array, *_, **__: array))
+    put(autoencoder, "eqx", SimpleNamespace(filter_eval_shape=shapes))
+    kept = {"tree": jax.tree, "eval_shape": jax.eval_shape}
+    put(tables, "jax", SimpleNamespace(**kept, device_put=lambda array, *_, **__: array))
 
 
 def guided(harness: Harness, inputs: int, seed: int, corpus: Path, result: Path) -> None:

@@ -63,7 +63,8 @@ def load(path: Path) -> dict[str, float]:
 
 def random_weights(config: str) -> dict[str, np.ndarray]:
     """A state dict of an official DiT with random arrays."""
-    from equidit.pretrained.names import OFFICIAL, expected
+    from equidit.pretrained.official import OFFICIAL
+    from equidit.pretrained.tables import expected
 
     skeleton = jax.eval_shape(lambda key: edt.build(config, key=key), jax.random.key(0))
     rng = np.random.default_rng(0)

@@ -27,7 +27,10 @@ from equidit.checkpoint.record import Record, checksum
 from equidit.cli import npz
 from equidit.cli.resumable import Partial
 from equidit.data import ImageError, LatentSource, image_folder, read_image
-from equidit.pretrained import files, names
+from equidit.pretrained import files, folders, tables, transformer
+from equidit.pretrained.autoencoder import AUTOENCODER
+from equidit.pretrained.diffusers import DIFFUSERS
+from equidit.pretrained.official import OFFICIAL
 from equidit.runs.folder import Folder
 from equidit.runs.settings import Settings
 
@@ -84,14 +87,14 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _dit(arithmetic: str = "official") -> edt.DiT:
+def _dit(arithmetic: transformer.Arithmetic = "official") -> edt.DiT:
     config = edt.Config(1, 4, 1, 1, 1, 2)
-    skeleton = pretrained.networks._skeleton(arithmetic, config)
+    skeleton = transformer.skeleton(arithmetic, config)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), skeleton)
 
 
 def _arrays(network: Any, table: Any, dtype: Any = np.float16) -> dict[str, np.ndarray]:
-    return {n: np.asarray(a, dtype) for n, a in names.export(network, table).items()}
+    return {n: np.asarray(a, dtype) for n, a in tables.export(network, table).items()}
 
 
 def _tensors() -> Files:
@@ -115,7 +118,7 @@ def _read_tensors(folder: Path) -> None:
 
 
 def _official() -> Files:
-    arrays = _arrays(_dit(), names.OFFICIAL)
+    arrays = _arrays(_dit(), OFFICIAL)
     table = np.asarray(edt.sincos_2d(4, (2, 2)), np.float16)[None]
     return {"dit.safetensors": [save(arrays | {"pos_embed": table}), save(arrays)]}
 
@@ -128,13 +131,13 @@ def _read_official(folder: Path) -> None:
 
 def _diffusers() -> Files:
     made = _written(lambda folder: pretrained.save_diffusers_dit(_dit("diffusers"), folder))
-    arrays = _arrays(_dit("diffusers"), names.DIFFUSERS)
+    arrays = _arrays(_dit("diffusers"), DIFFUSERS)
     shards = {"a.safetensors": dict(list(arrays.items())[::2])}
     shards["b.safetensors"] = dict(list(arrays.items())[1::2])
     places = {name: file for file, shard in shards.items() for name in shard}
     return {
         "config.json": [made["config.json"]],
-        files._INDEX: [_json({"metadata": {"total_size": 1}, "weight_map": places})],
+        folders.INDEX: [_json({"metadata": {"total_size": 1}, "weight_map": places})],
         **{file: [save(shard)] for file, shard in shards.items()},
     }
 
@@ -155,7 +158,7 @@ def _autoencoder() -> Files:
     )
     vae = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), skeleton)
     made = _written(lambda folder: pretrained.save_vae(vae, folder))
-    weights = save(_arrays(vae, names.AUTOENCODER))
+    weights = save(_arrays(vae, AUTOENCODER))
     return {"config.json": [made["config.json"]], "diffusion_pytorch_model.safetensors": [weights]}
 
 
@@ -164,7 +167,7 @@ def _torch() -> Files:
 
     import torch
 
-    arrays = _arrays(_dit(), names.OFFICIAL)
+    arrays = _arrays(_dit(), OFFICIAL)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     args = argparse.Namespace(model="DiT-S/2", num_classes=2)
     full = {"model": tensors, "ema": tensors, "opt": {}, "args": args}
@@ -463,7 +466,9 @@ READERS = {
                 "equidit.pretrained.files",
                 "equidit.pretrained.pickles",
                 "equidit.pretrained.unwrap",
+                "equidit.pretrained.official",
                 "equidit.pretrained.sizes",
+                "equidit.pretrained.transformer",
                 "torch._weights_only_unpickler",
                 "torch._utils",
             ),
@@ -475,8 +480,10 @@ READERS = {
             modules=(
                 "equidit.pretrained.files",
                 "equidit.pretrained.unwrap",
+                "equidit.pretrained.tables",
+                "equidit.pretrained.official",
                 "equidit.pretrained.sizes",
-                "equidit.pretrained.names",
+                "equidit.pretrained.transformer",
             ),
         ),
         Reader(
@@ -485,9 +492,11 @@ READERS = {
             _read_diffusers,
             modules=(
                 "equidit.pretrained.files",
+                "equidit.pretrained.folders",
                 "equidit.pretrained.sizes",
-                "equidit.pretrained.names",
-                "equidit.pretrained.networks",
+                "equidit.pretrained.tables",
+                "equidit.pretrained.diffusers",
+                "equidit.pretrained.transformer",
             ),
         ),
         Reader(
@@ -496,9 +505,10 @@ READERS = {
             lambda folder: pretrained.load_vae(folder),
             modules=(
                 "equidit.pretrained.files",
+                "equidit.pretrained.folders",
                 "equidit.pretrained.sizes",
-                "equidit.pretrained.names",
-                "equidit.pretrained.networks",
+                "equidit.pretrained.tables",
+                "equidit.pretrained.autoencoder",
             ),
         ),
     )

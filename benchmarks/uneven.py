@@ -41,14 +41,14 @@ def make_files(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     import equidit as edt
-    from equidit.pretrained import names
+    from equidit.pretrained import official, tables
 
     network = edt.DiT(4, 2, 16, 1, 4, 10, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
     network = jax.tree.unflatten(structure, leaves)
-    arrays = {n: np.array(a) for n, a in names.export(network, names.OFFICIAL).items()}
+    arrays = {n: np.array(a) for n, a in tables.export(network, official.OFFICIAL).items()}
     arrays["pos_embed"] = np.array(edt.sincos_2d(16, (4, 4)))[None]
     save_file(arrays, folder / "dit.safetensors")
     vae = edt.Autoencoder(

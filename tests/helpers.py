@@ -111,17 +111,19 @@ def tree_allclose(a: Any, b: Any, tolerance: float = 0.0) -> bool:
     return difference(a, b) <= tolerance
 
 
+TINY: dict[str, Any] = {
+    "in_channels": 1,
+    "patch_size": 2,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
+
 def tiny(**overrides: Any) -> edt.DiT:
     """A small network with random weights, for digits-like inputs of 1x8x8."""
-    sizes: dict[str, Any] = {
-        "in_channels": 1,
-        "patch_size": 2,
-        "hidden_size": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "num_classes": 10,
-    }
-    return made(edt.DiT, **(sizes | overrides))
+    return made(edt.DiT, **(TINY | overrides))
 
 
 def images(count: int, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> jax.Array:
@@ -146,7 +148,8 @@ def published(folder: Path, *, latent_channels: int = 4) -> tuple[Path, Path]:
     """A small official file of a DiT for 32x32 images, and its autoencoder's folder."""
     from safetensors.numpy import save_file
 
-    from equidit.pretrained.names import OFFICIAL, export
+    from equidit.pretrained.official import OFFICIAL
+    from equidit.pretrained.tables import export
 
     network = tiny(in_channels=4, hidden_size=16)
     arrays = {name: np.array(leaf) for name, leaf in export(network, OFFICIAL).items()}

@@ -226,7 +226,7 @@ NEAR: dict[str, tuple[Any, dict[str, str]]] = {
         {"learn": "learned", "Small": "small", "larger": "large"},
     ),
     "arithmetic": (
-        lambda name: edt.pretrained.networks._skeleton(name, edt.CONFIGS["DiT-S/8"]),
+        lambda name: edt.pretrained.from_state_dict({}, arithmetic=name),
         {"diffuser": "diffusers"},
     ),
 }

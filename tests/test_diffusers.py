@@ -4,7 +4,7 @@ Where diffusers differs by design, the test says how. Its tables are float32 thr
 limits the agreement to about 1e-5.
 """
 
-from functools import partial
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from equidit import diffusion as dfn
 
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(3)
 NOISE = jax.random.normal(jax.random.key(0), (3, 4, 4))
@@ -40,11 +42,20 @@ def noise_of(t):
     return np.asarray(jax.random.normal(jax.random.fold_in(KEY, t), NOISE.shape))
 
 
-def ours(step, keep):
+@functools.cache
+def program(step, **options):
+    """Compiled once for all schedules of a length, which are its argument."""
+
+    def run(schedule):
+        bound = functools.partial(step, network, schedule, **options)
+        return dfn.sample(bound, schedule, NOISE, None, key=KEY, trajectory=True)[1]
+
+    return jax.jit(run)
+
+
+def ours(step, keep, **options):
     """The examples after every step."""
-    schedule = dfn.Schedule(BETAS, keep)
-    run = partial(dfn.sample, partial(step, network, schedule), schedule)
-    return np.asarray(jax.jit(partial(run, key=KEY, trajectory=True))(NOISE, None)[1])
+    return np.asarray(program(step, **options)(dfn.Schedule(BETAS, keep)))
 
 
 def theirs(scheduler, steps, monkeypatch, *, learned=False, **options):
@@ -76,10 +87,10 @@ def theirs(scheduler, steps, monkeypatch, *, learned=False, **options):
 def test_ddpm_variances(monkeypatch, variance, name, clip):
     reference = scheduler("DDPMScheduler", variance_type=name, clip_sample=clip)
     states, times = theirs(reference, 50, monkeypatch, learned=variance == "learned")
-    step = partial(dfn.ddpm_step, variance=variance, clip=clip)
     keep = dfn.space_timesteps(1000, 50, "leading")
     assert keep == times
-    assert tree_allclose(states, ours(step, keep), TOLERANCE)
+    made = ours(dfn.ddpm_step, keep, variance=variance, clip=clip, prediction="eps")
+    assert tree_allclose(states, made, TOLERANCE)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -89,8 +100,8 @@ def test_ddpm_predictions_and_spacings(monkeypatch, prediction, spacing):
     states, times = theirs(scheduler("DDPMScheduler", **options), 50, monkeypatch)
     keep = dfn.space_timesteps(1000, 50, spacing)
     assert keep == times
-    step = partial(dfn.ddpm_step, variance="small", prediction=prediction)
-    assert tree_allclose(states, ours(step, keep), TOLERANCE)
+    made = ours(dfn.ddpm_step, keep, variance="small", clip=False, prediction=prediction)
+    assert tree_allclose(states, made, TOLERANCE)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
@@ -102,17 +113,17 @@ def test_ddim(monkeypatch, eta, prediction, spacing):
     states, times = theirs(reference, 50, monkeypatch, eta=eta)
     keep = dfn.space_timesteps(1000, 50, spacing)
     assert keep == times
-    step = partial(dfn.ddim_step, eta=eta, prediction=prediction)
-    assert tree_allclose(states, ours(step, keep), TOLERANCE)
+    made = ours(dfn.ddim_step, keep, eta=eta, prediction=prediction)
+    assert tree_allclose(states, made, TOLERANCE)
 
 
 def test_ddim_clipping(monkeypatch):
     """Clipped, DDIM's direction is that of the clipped example here, and in diffusers by option."""
     keep = dfn.space_timesteps(1000, 50, "leading")
-    step = partial(dfn.ddim_step, clip=True)
-    run = partial(theirs, scheduler("DDIMScheduler", clip_sample=True), 50, monkeypatch)
-    assert tree_allclose(run(use_clipped_model_output=True)[0], ours(step, keep), TOLERANCE)
-    assert not tree_allclose(run()[0], ours(step, keep), 100 * TOLERANCE)
+    made = ours(dfn.ddim_step, keep, clip=True)
+    run = functools.partial(theirs, scheduler("DDIMScheduler", clip_sample=True), 50, monkeypatch)
+    assert tree_allclose(run(use_clipped_model_output=True)[0], made, TOLERANCE)
+    assert not tree_allclose(run()[0], made, 100 * TOLERANCE)
 
 
 def test_ddim_of_uneven_steps(monkeypatch):
@@ -135,5 +146,4 @@ def test_full_schedule(monkeypatch):
         scheduler("DDPMScheduler", variance_type="fixed_small"), 1000, monkeypatch
     )
     assert times == tuple(range(1000))
-    step = partial(dfn.ddpm_step, variance="small")
-    assert tree_allclose(states, ours(step, None), TOLERANCE)
+    assert tree_allclose(states, ours(dfn.ddpm_step, None, variance="small"), TOLERANCE)

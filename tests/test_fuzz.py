@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -30,6 +29,8 @@ from equidit.cli.resumable import Partial
 from equidit.data import ImageError, image_folder, open_latents, read_image
 from equidit.pretrained import files
 from equidit.runs.folder import Folder
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Each traces a network anew, or starts with PyTorch.
 INPUTS = {"official DiT": 40, "diffusers' DiT": 40, "autoencoder": 40, ".pt file": 60}
@@ -556,12 +557,8 @@ def test_a_bomb_is_refused(tmp_path):
 
 
 def test_names_that_are_no_text_are_encoded(tmp_path):
-    vae = edt.Autoencoder(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        key=jax.random.key(0),
-    )
+    sizes = {"block_out_channels": (4, 4), "layers_per_block": 1, "norm_num_groups": 2}
+    vae = made(edt.Autoencoder, **sizes)
     folder = tmp_path / "pictures"
     odd = os.fsdecode(b"caf\xe9\n")
     try:

@@ -22,6 +22,7 @@ from equidit._base.arguments import union_members
 from equidit.checkpoint import Checkpoints
 from equidit.cli import encoding, npz, resumable, sources
 from equidit.diffusion import Schedule, linear_betas
+from equidit.pretrained import diffusers, official
 from equidit.runs import report, state, task
 from equidit.runs.folder import Folder
 from equidit.runs.sampling import Sampling
@@ -31,7 +32,8 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
 COMMANDS = {"cli.main", "cli.train", "cli.sample", "cli.encode"}
-INNER = {"checkpoint.backend", "runs.folder", "pretrained.files", "pretrained.pickles"} | COMMANDS
+PUBLISHED = {f"pretrained.{name}" for name in ("files", "folders", "pickles")}
+INNER = {"checkpoint.backend", "runs.folder"} | PUBLISHED | COMMANDS
 RECORDS = {"ImageFolder.__init__"}
 
 
@@ -155,6 +157,8 @@ READ = {
         lambda p: pretrained.load_diffusers_dit(p, arithmetic="official"),
     ),
     "load_vae": ("vae", pretrained.load_vae),
+    "open_file": ("dit.safetensors", lambda p: official.open_file(p, num_heads=4).config.depth),
+    "open_dit": ("diffusers", lambda p: diffusers.open_dit(p).config.depth),
     "restore_ema": ("run", state.restore_ema),
     "of_run": ("run", lambda p: sources.of_run(p).network),
 }
@@ -170,6 +174,7 @@ WRITE = {
     "loss_curve": picture(report.loss_curve, [{"step": 1, "loss": 1.0}]),
     "replace": text(lambda p: disk.replace(p, "abc")),
     "replacing": text(replaced),
+    "to_disk": text(lambda p: disk.replace(p, "abc") or disk.to_disk(p)),
     "append": text(lambda p: disk.append(p, "abc")),
     "locked": text(locked),
 }

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny, tree_allclose
-from test_pretrained import change_config, diffusers, torch
+from helpers import tree_allclose
+from test_pretrained import change_config, diffusers, small, torch
 from test_vae import SIZES, autoencoder, theirs as their_vae
 
 import equidit as edt
 from equidit import diffusion as dfn, pretrained
-from equidit.pretrained.names import OFFICIAL, export
+from equidit.pretrained.official import OFFICIAL
+from equidit.pretrained.tables import export
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -69,17 +70,23 @@ def their_images(pipe, monkeypatch, scale=SCALE):
     return pipe(LABELS, **options).images
 
 
+# Two programs, so that the larger, the decoder's, is compiled once for all of them.
+@jax.jit
+def latents(guided, schedule, noise, label):
+    step = partial(dfn.ddim_step, guided, schedule)
+    run = partial(dfn.sample, step, schedule, key=jax.random.key(0))
+    return jax.vmap(run)(noise, label)
+
+
+@jax.jit
+def decoded(vae, latents):
+    return jax.vmap(vae.decode)(latents)
+
+
 def our_images(network, vae, scale=SCALE, channels=None):
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, STEPS, "leading"))
     guided = edt.guide(network, scale, null=1000, channels=channels)
-
-    @jax.jit
-    def draw(guided, vae, noise, label):
-        step = partial(dfn.ddim_step, guided, schedule)
-        latent = dfn.sample(step, schedule, noise, label, key=jax.random.key(0))
-        return vae.decode(latent)
-
-    images = jax.vmap(draw, (None, None, 0, 0))(guided, vae, LATENTS, jnp.asarray(LABELS))
+    images = decoded(vae, latents(guided, schedule, LATENTS, jnp.asarray(LABELS)))
     return np.moveaxis(np.clip(np.asarray(images) / 2 + 0.5, 0, 1), 1, -1)
 
 
@@ -109,8 +116,8 @@ def test_their_pipeline_here(tmp_path, monkeypatch, scale):
 
 
 def test_our_networks_in_their_pipeline(tmp_path, monkeypatch):
-    weights = export(tiny(in_channels=4, num_classes=1000), OFFICIAL)
-    network = pretrained.from_state_dict(weights, num_heads=4, arithmetic="diffusers")
+    weights = export(small(in_channels=4, num_heads=2, num_classes=1000), OFFICIAL)
+    network = pretrained.from_state_dict(weights, num_heads=2, arithmetic="diffusers")
     vae = autoencoder()
     pretrained.save_diffusers_dit(network, tmp_path / "transformer", sample_size=8)
     pretrained.save_vae(vae, tmp_path / "vae")

@@ -34,6 +34,15 @@ def replacing(path: StrPath) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def to_disk(path: StrPath) -> None:
+    """What was written to a file, or the names in a folder, survive a loss of power from here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][fiu]\d)', 'fortran_order': False, "
     rb"'shape': \(((?:\d{1,18}(?:, |,|(?=\))))*)\), \} *\n",

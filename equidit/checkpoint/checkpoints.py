@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 
 from .._base.common import check_positive
 from .._base.disk import locked
+from .._base.trees import is_array, named
 from ..seams import StrPath
 from . import backend
-from .hashing import fingerprints, is_array, named
+from .hashing import fingerprints
 from .record import CheckpointError, Damaged, Record
 from .together import everywhere, together
 

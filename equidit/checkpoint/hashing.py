@@ -4,26 +4,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or stands for one."""
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their paths, e.g. `"ema/blocks/0/weight"`, in the tree's order."""
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, is_array))
-    found = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-    if len(found) < len(leaves):
-        raise ValueError("two arrays of the tree have the same path: rename a key with a '/' in it")
-    return found
+from .._base.trees import named
 
 
 def fingerprints(arrays: Mapping[str, Array]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import pretrained
+from ..pretrained.transformer import Arithmetic
 from ..runs import task
 from ..runs.folder import Folder
 from ..runs.state import restore_ema
@@ -55,7 +56,7 @@ def of_weights(
     size: int | None = None,
     num_heads: int | None = None,
     select: str | None = None,
-    arithmetic: str | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Drawable:
     """Published weights: an official file, or a folder of diffusers'.
 
@@ -108,12 +109,6 @@ def of_weights(
             f"size={size} must be a multiple of {factor * config.patch_size}: the autoencoder's "
             f"downsampling {factor} times the patch size {config.patch_size}"
         )
-    if published.kind == "diffusers":
-        assert arithmetic is not None
-        network = pretrained.load_diffusers_dit(weights, arithmetic=arithmetic)
-    else:
-        network = pretrained.load_dit(
-            weights, num_heads=num_heads, select=select, arithmetic=arithmetic or "official"
-        )
+    network = published.load(arithmetic=arithmetic)
     shape = (channels, size // factor, size // factor)
     return Drawable(network, decoder, shape, config.num_classes, (), published=True)

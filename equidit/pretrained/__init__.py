@@ -13,13 +13,10 @@ as float32, whatever the file has, without a random initialisation on the way.
 files are `owner/name/file.pt`.
 """
 
-from .networks import (
-    Published as Published,
-    describe as describe,
-    from_state_dict as from_state_dict,
+from .autoencoder import load_vae as load_vae, save_vae as save_vae
+from .diffusers import (
     load_diffusers_dit as load_diffusers_dit,
-    load_dit as load_dit,
-    load_vae as load_vae,
     save_diffusers_dit as save_diffusers_dit,
-    save_vae as save_vae,
 )
+from .official import from_state_dict as from_state_dict, load_dit as load_dit
+from .published import Published as Published, describe as describe

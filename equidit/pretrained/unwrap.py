@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._base.texts import brief
+from .files import Weights, weights_of
 
 # Of DistributedDataParallel, torch.compile and Lightning. Any prefix of all names is left out; that
 # one of these is only on some is an error.
@@ -15,21 +16,8 @@ _INNER = re.compile(r"(?<=\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 _COUNTER = "n_averaged"
 _ARGUMENTS = ("args", "hyper_parameters")
 _DEEPEST = 4
-
-
-class Found(NamedTuple):
-    """A network's arrays, under its own names.
-
-    **Fields:**
-
-    - `arrays`: by name, as the file has them.
-    - `args`: what the file says that it was made with.
-    - `source`: the file, and where in it, for errors.
-    """
-
-    arrays: dict[str, Any]
-    args: Any
-    source: str
+# A network's arrays under its own names, and all names that are beside them, these included.
+_Group = tuple[dict[str, Any], list[str]]
 
 
 class _Place(NamedTuple):
@@ -38,7 +26,6 @@ class _Place(NamedTuple):
     beside: Mapping[Any, Any]
     prefix: str
     names: list[str]
-    """All that are beside the arrays, these included."""
 
     @property
     def whole(self) -> bool:
@@ -47,8 +34,8 @@ class _Place(NamedTuple):
 
 def network_in(
     content: Any, anchor: str, source: str, *, ema: bool = True, select: str | None = None
-) -> Found:
-    """The one network in what a file holds.
+) -> Weights:
+    """The one network in what a file holds, under its own names.
 
     **Arguments:**
 
@@ -71,7 +58,7 @@ def network_in(
                 f"{source} holds no network of this kind: no name in it is, or ends in, {anchor}, "
                 f"of an array of four axes. It holds {_brief_names(content)}"
             )
-        return Found({str(key): value for key, value in content.items()}, None, source)
+        return weights_of({str(key): value for key, value in content.items()}, source)
     name = _choose(places, source, ema) if select is None else select
     if name not in places:
         raise ValueError(
@@ -86,7 +73,10 @@ def network_in(
                 f"{source}: the prefix {wrapper!r} is on {count} of {len(place.arrays)} names "
                 "alone, so that it is no wrapper's. Are two networks mixed?"
             )
-    return Found(place.arrays, place.args, f"{source} ({name})" if name != "." else source)
+    # The official training keeps an argparse.Namespace, Lightning a dictionary.
+    args = place.args if isinstance(place.args, dict) else getattr(place.args, "__dict__", {})
+    where = f"{source} ({name})" if name != "." else source
+    return weights_of(place.arrays, where, {str(key): value for key, value in args.items()})
 
 
 def _choose(places: dict[str, _Place], source: str, ema: bool) -> str:
@@ -132,7 +122,7 @@ def _places(content: Mapping[Any, Any], anchor: str) -> dict[str, _Place]:
     A mapping is looked through once, however often it is in the file.
     """
     found: dict[str, _Place] = {}
-    groups: dict[int, dict[str, tuple[dict[str, Any], list[str]]]] = {}
+    groups: dict[int, dict[str, _Group]] = {}
     queue: list[tuple[tuple[str, ...], Mapping[Any, Any], Any, Mapping[Any, Any]]]
     queue = [((), content, None, {})]
     for path, mapping, args, beside in queue:
@@ -152,7 +142,7 @@ def _places(content: Mapping[Any, Any], anchor: str) -> dict[str, _Place]:
     return found
 
 
-def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, tuple[dict[str, Any], list[str]]]:
+def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, _Group]:
     """The networks in one mapping by their prefixes, and all its names."""
     keys = {key: _INNER.sub("", str(key)) for key in mapping}
     if len(set(keys.values())) < len(keys):
@@ -171,17 +161,8 @@ def _groups(mapping: Mapping[Any, Any], anchor: str) -> dict[str, tuple[dict[str
         if name != _COUNTER and not isinstance(mapping[key], Mapping)
     }
     names = list(arrays)
-    return {
-        prefix: (
-            {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            },
-            names,
-        )
-        for prefix in prefixes[:100]
-    }
+    own = {p: [name for name in names if name.startswith(p)] for p in prefixes[:100]}
+    return {p: ({n.removeprefix(p): arrays[n] for n in own[p]}, names) for p in own}
 
 
 def _brief_names(content: Mapping[Any, Any]) -> str:
