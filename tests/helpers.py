@@ -68,6 +68,15 @@ GUIDANCE: dict[str, Callable[..., Any]] = {
     "rescale": partial(edt.guide, rescale=0.7),
     "everything": partial(edt.guide, channels=1, interval=(0, 900), rescale=1.0),
 }
+# A prediction of one's own: the velocity of a straight line from x0 to the noise.
+VELOCITY = dfn.Prediction(
+    x0_and_eps=lambda xt, value, signal, noise: (
+        (xt - noise * value) / (signal + noise),
+        (xt + signal * value) / (signal + noise),
+    ),
+    target=lambda x0, eps, signal, noise: eps - x0,
+    min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / jnp.square(1 + jnp.sqrt(snr)),
+)
 BETAS = {"linear": dfn.linear_betas, "cosine": dfn.cosine_betas}
 
 
@@ -127,17 +136,16 @@ class Pointwise(eqx.Module):
     time: jax.Array
     label: jax.Array
 
-    def __init__(self, *, learn_sigma: bool = True, seed: int = 0):
-        keys, out = jax.random.split(jax.random.key(seed), 3), 2 if learn_sigma else 1
-        shapes = ((out,), (out,), (11, out))
+    def __init__(self, *, in_channels: int = 1, learn_sigma: bool = True, seed: int = 0):
+        keys, out = jax.random.split(jax.random.key(seed), 3), in_channels * (1 + learn_sigma)
+        shapes = ((out, in_channels), (out,), (11, out))
         self.mix, self.time, self.label = map(jax.random.normal, keys, shapes)
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
         dtype = self.mix.dtype
         told = self.label[cond] + self.time * (jnp.asarray(t) / 1000).astype(dtype)
-        return jnp.tanh(self.mix[:, None, None] * x.astype(dtype) + told[:, None, None]).astype(
-            x.dtype
-        )
+        mixed = jnp.einsum("oc,chw->ohw", self.mix, x.astype(dtype))
+        return jnp.tanh(mixed + told[:, None, None]).astype(x.dtype)
 
 
 def images(count: int, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> jax.Array:

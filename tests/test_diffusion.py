@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import BETAS, STEPS, Pointwise, images, tiny, tree_allclose
+from helpers import BETAS, STEPS, VELOCITY, Pointwise, images, tiny, tree_allclose
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -16,13 +16,6 @@ every_betas = pytest.mark.parametrize("betas", [make() for make in BETAS.values(
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 LABEL, KEY = jnp.asarray(3), jax.random.key(5)
 UNKNOWN: Any = "other"
-VELOCITY = dfn.Prediction(
-    x0_and_eps=lambda xt, value, signal, noise: (
-        (xt - noise * value) / (signal + noise),
-        (xt + signal * value) / (signal + noise),
-    ),
-    target=lambda x0, eps, signal, noise: eps - x0,
-)
 
 
 def test_the_docstring_of_a_schedule_names_its_tables():
@@ -291,11 +284,13 @@ def test_types_follow_what_is_asked_for():
 
 def test_sample_in_low_precision():
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
-    step = partial(dfn.ddpm_step, edt.cast(tiny(), jnp.bfloat16), schedule)
+    step = partial(
+        dfn.ddpm_step, edt.cast(tiny(hidden_size=8, depth=1, num_heads=2), jnp.bfloat16), schedule
+    )
     x = dfn.sample(step, schedule, images(1)[0].astype(jnp.bfloat16), LABEL, key=KEY)
     assert x.dtype == jnp.bfloat16
     assert np.isfinite(x.astype(jnp.float32)).all()
-    loss = dfn.hybrid_loss(tiny(), schedule, x, LABEL, key=KEY)
+    loss = dfn.hybrid_loss(Pointwise(), schedule, x, LABEL, key=KEY)
     assert loss.dtype == jnp.float32
 
 
@@ -507,7 +502,7 @@ def test_sample_is_the_loop_and_compiles_one_step():
 
     def size(steps):
         schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, steps))
-        return len(str(jax.make_jaxpr(run)(schedule)).splitlines())
+        return str(jax.make_jaxpr(run)(schedule)).count(" = ")
 
     assert size(4) == size(50)
 

@@ -257,8 +257,9 @@ def at(table: Float[Array, " steps"], t: Index) -> Float[Array, ""]:
     """A table's entry at step `t`; `ValueError` or, if `t` is traced, NaN where there is none."""
     if not isinstance(t, Tracer) and not 0 <= int(t) < table.shape[0]:
         raise ValueError(f"t={t} is no index of a schedule of {table.shape[0]} steps")
-    # A traced index out of range gives NaN rather than, silently, the nearest step.
-    return table.at[t].get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
+    # A traced index out of range gives NaN rather than, silently, the nearest step. NaN is what is
+    # filled in by default: said here it would equal no other NaN, and every call compile anew.
+    return table.at[t].get(mode="fill", wrap_negative_indices=False)
 
 
 def times(table: Float[Array, " steps"], t: Index, x: Image) -> Image:
