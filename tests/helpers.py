@@ -70,11 +70,11 @@ GUIDANCE: dict[str, Callable[..., Any]] = {
 }
 # A prediction of one's own: the velocity of a straight line from x0 to the noise.
 VELOCITY = dfn.Prediction(
-    x0_and_eps=lambda xt, value, signal, noise: (
-        (xt - noise * value) / (signal + noise),
-        (xt + signal * value) / (signal + noise),
+    x0_and_eps=lambda xt, value, level: (
+        (xt - level.noise * value) / (level.signal + level.noise),
+        (xt + level.signal * value) / (level.signal + level.noise),
     ),
-    target=lambda x0, eps, signal, noise: eps - x0,
+    target=lambda x0, eps, level: eps - x0,
     min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / jnp.square(1 + jnp.sqrt(snr)),
 )
 BETAS = {"linear": dfn.linear_betas, "cosine": dfn.cosine_betas}

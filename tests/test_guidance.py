@@ -20,7 +20,7 @@ def evaluate(network, label=LABEL):
 
 
 def test_formula():
-    network = tiny()
+    network = tiny(hidden_size=8, depth=1, num_heads=2)
     cond, null = evaluate(network), evaluate(network, jnp.full(7, 10))
     guided = evaluate(edt.guide(network, 4.0, NULL))
     assert tree_allclose(guided[:, :1], (cond + 3 * (cond - null))[:, :1], 1e-5)

@@ -26,6 +26,7 @@ from .losses import (
     vlb_loss as vlb_loss,
 )
 from .predictions import (
+    NoiseLevel as NoiseLevel,
     Prediction as Prediction,
     PredictionLike as PredictionLike,
     PredictionName as PredictionName,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._base.common import upcast
-from .predictions import PredictionLike, prediction_of
+from .predictions import NoiseLevel, PredictionLike, prediction_of
 from .schedules import Image, Index, Schedule, at, times
 
 Variance = Literal["learned", "small", "large"]
@@ -14,10 +14,15 @@ Variance = Literal["learned", "small", "large"]
 `"small"`, the posterior's, and `"large"`, beta."""
 
 
-def noise_level(schedule: Schedule, t: Index, x: Image) -> tuple[Array, Array]:
-    """The factors of the clean example and of the noise at step `t`, in the dtype of `x`."""
-    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    return at(signal, t).astype(x.dtype), at(noise, t).astype(x.dtype)
+def noise_level(schedule: Schedule, t: Index, x: Image) -> NoiseLevel:
+    """The level of step `t`, in the dtype of `x`."""
+    tables = (
+        schedule.sqrt_alphas_cumprod,
+        schedule.sqrt_one_minus_alphas_cumprod,
+        schedule.sqrt_recip_alphas_cumprod,
+        schedule.sqrt_recipm1_alphas_cumprod,
+    )
+    return NoiseLevel(*(at(table, t).astype(x.dtype) for table in tables))
 
 
 def q_sample(schedule: Schedule, x0: Image, t: Index, noise: Image) -> Image:
@@ -73,8 +78,7 @@ def x0_and_eps(
     The pair `(x0, eps)`.
     """
     xt = upcast(xt)
-    level = noise_level(schedule, t, xt)
-    return prediction_of(prediction).x0_and_eps(xt, upcast(value), *level)
+    return prediction_of(prediction).x0_and_eps(xt, upcast(value), noise_level(schedule, t, xt))
 
 
 def target_of(
@@ -82,7 +86,7 @@ def target_of(
 ) -> Image:
     """What the network should predict at step `t`."""
     x0 = upcast(x0)
-    return prediction_of(prediction).target(x0, upcast(eps), *noise_level(schedule, t, x0))
+    return prediction_of(prediction).target(x0, upcast(eps), noise_level(schedule, t, x0))
 
 
 def predict_x0(schedule: Schedule, xt: Image, t: Index, eps: Image) -> Image:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,41 +11,50 @@ from .._base.common import upcast
 from ..seams import Number
 from .schedules import Image
 
-_Scalar = Float[Array, ""]
+
+class NoiseLevel(NamedTuple):
+    """How much is left of an example: the noisy one is `signal * x0 + noise * eps`.
+
+    **Fields:** the numbers `signal` and `noise`; `inverse`, which is `1 / signal`; and `ratio`,
+    which is `noise / signal`. Of a [`equidit.diffusion.Schedule`][] each comes from a table.
+    """
+
+    signal: Float[Array, ""]
+    noise: Float[Array, ""]
+    inverse: Float[Array, ""]
+    ratio: Float[Array, ""]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network predicts of a noisy example `xt = signal * x0 + noise * eps`, and all that
-    follows from the choice.
+    """What a network predicts, and all that follows from the choice.
 
-    `signal` and `noise` are numbers, the rest are examples, all in at least float32. A prediction
-    of your own goes wherever `"eps"`, `"x0"` and `"v"` do:
+    A prediction of your own goes wherever `"eps"`, `"x0"` and `"v"` do:
 
     ```python
     velocity = Prediction(
-        x0_and_eps=lambda xt, value, signal, noise: (
-            (xt - noise * value) / (signal + noise),
-            (xt + signal * value) / (signal + noise),
+        x0_and_eps=lambda xt, value, level: (
+            (xt - level.noise * value) / (level.signal + level.noise),
+            (xt + level.signal * value) / (level.signal + level.noise),
         ),
-        target=lambda x0, eps, signal, noise: eps - x0,
+        target=lambda x0, eps, level: eps - x0,
     )
     loss = simple_loss(network, schedule, x0, cond, key=key, prediction=velocity)
     ```
 
-    **Fields:**
+    **Fields**, functions of examples in at least float32:
 
-    - `x0_and_eps`: called as `x0_and_eps(xt, value, signal, noise)`: the clean example and the
-        noise that a predicted `value` implies.
-    - `target`: called as `target(x0, eps, signal, noise)`: what should have been predicted.
+    - `x0_and_eps`: called as `x0_and_eps(xt, value, level)`: the clean example and the noise that a
+        predicted `value` implies, at a [`equidit.diffusion.NoiseLevel`][].
+    - `target`: called as `target(x0, eps, level)`: what should have been predicted.
     - `min_snr`: called as `min_snr(snr, gamma)` by [`equidit.diffusion.min_snr_weight`][]: the
         factor of the squared error of the prediction that is `min(snr, gamma)` of the error in x0.
         `None` where that weight is not used.
     """
 
-    x0_and_eps: Callable[[Image, Image, _Scalar, _Scalar], tuple[Image, Image]]
-    target: Callable[[Image, Image, _Scalar, _Scalar], Image]
-    min_snr: Callable[[_Scalar, Number], _Scalar] | None = None
+    x0_and_eps: Callable[[Image, Image, NoiseLevel], tuple[Image, Image]]
+    target: Callable[[Image, Image, NoiseLevel], Image]
+    min_snr: Callable[[Float[Array, ""], Number], Float[Array, ""]] | None = None
 
 
 PredictionName = Literal["eps", "x0", "v"]
@@ -56,18 +65,21 @@ PredictionLike = Prediction | PredictionName
 
 PREDICTIONS: dict[PredictionName, Prediction] = {
     "eps": Prediction(
-        x0_and_eps=lambda xt, eps, signal, noise: ((xt - noise * eps) / signal, eps),
-        target=lambda x0, eps, signal, noise: eps,
+        x0_and_eps=lambda xt, eps, level: (level.inverse * xt - level.ratio * eps, eps),
+        target=lambda x0, eps, level: eps,
         min_snr=lambda snr, gamma: jnp.minimum(1.0, gamma / snr),
     ),
     "x0": Prediction(
-        x0_and_eps=lambda xt, x0, signal, noise: (x0, (xt - signal * x0) / noise),
-        target=lambda x0, eps, signal, noise: x0,
+        x0_and_eps=lambda xt, x0, level: (x0, (xt - level.signal * x0) / level.noise),
+        target=lambda x0, eps, level: x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
     ),
     "v": Prediction(
-        x0_and_eps=lambda xt, v, signal, noise: (signal * xt - noise * v, noise * xt + signal * v),
-        target=lambda x0, eps, signal, noise: signal * eps - noise * x0,
+        x0_and_eps=lambda xt, v, level: (
+            level.signal * xt - level.noise * v,
+            level.noise * xt + level.signal * v,
+        ),
+        target=lambda x0, eps, level: level.signal * eps - level.noise * x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
     ),
 }
