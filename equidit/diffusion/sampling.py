@@ -85,7 +85,7 @@ def sample(
 def sample(
     step: Callable[..., Any],
     schedule: Schedule,
-    noise: State,
+    noise: Any,
     cond: PyTree,
     *,
     key: PRNGKey,
