@@ -20,7 +20,7 @@ def evaluate(network, label=LABEL):
 
 
 def test_formula():
-    network = tiny(hidden_size=8, depth=1, num_heads=2)
+    network = Pointwise()
     cond, null = evaluate(network), evaluate(network, jnp.full(7, 10))
     guided = evaluate(edt.guide(network, 4.0, NULL))
     assert tree_allclose(guided[:, :1], (cond + 3 * (cond - null))[:, :1], 1e-5)
@@ -43,7 +43,7 @@ def test_channels():
 
 
 def test_scale_1_is_bit_for_bit_the_conditional_network():
-    network = tiny()
+    network = tiny(hidden_size=8, depth=1, num_heads=2)
     assert tree_allclose(evaluate(edt.guide(network, jnp.asarray(1.0), NULL)), evaluate(network))
     assert edt.guide(network, 1, NULL) is network
     assert edt.guide(network, 1.0, NULL) is network
