@@ -55,10 +55,10 @@ class Guided(Module):
     fields are.
     """
 
-    network: Any
+    network: Network
     scale: Float[Array, ""]
     null: PyTree
-    other: Any
+    other: Network | None
     interval: tuple[Float[Array, ""], Float[Array, ""]] | None
     rescale: Float[Array, ""] | None
     channels: int | None = eqx.field(static=True)
@@ -119,7 +119,7 @@ def guide(
     other: Network | None = None,
     interval: tuple[Scalar, Scalar] | None = None,
     rescale: Scalar | None = None,
-) -> Any:
+) -> Network:
     """A network steered away from another prediction: `cond + (scale - 1) (cond - reference)`.
 
     The reference is the network's own under the null conditioning (classifier-free guidance), or

@@ -1,12 +1,13 @@
+import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, assert_type
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import BETAS, STEPS, images, tiny, tree_allclose
+from helpers import BETAS, STEPS, VELOCITY, Pointwise, images, tiny, tree_allclose
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -14,6 +15,12 @@ from equidit import diffusion as dfn
 every_betas = pytest.mark.parametrize("betas", [make() for make in BETAS.values()], ids=BETAS)
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 LABEL, KEY = jnp.asarray(3), jax.random.key(5)
+UNKNOWN: Any = "other"
+
+
+def test_the_docstring_of_a_schedule_names_its_tables():
+    for field in dataclasses.fields(dfn.Schedule):
+        assert f"`{field.name}`" in f"{dfn.Schedule.__doc__}"
 
 
 def test_linear_betas():
@@ -107,7 +114,7 @@ def test_traced_and_plain_indices_agree():
 @every_step
 def test_step_laws(step):
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 10))
-    network, x = tiny(), images(3)
+    network, x = Pointwise(), images(3)
     t, label = jnp.asarray([0, 4, 9]), jnp.asarray([0, 3, 10])
     keys = jax.random.split(KEY, 3)
 
@@ -150,17 +157,17 @@ def as_prediction(network, schedule, kind):
         index = jnp.searchsorted(schedule.time, t)
         eps, values = jnp.split(network(x, t, cond), 2)
         x0 = dfn.predict_x0(schedule, x, index, eps)
-        value = {"eps": eps, "x0": x0, "v": dfn.predict_v(schedule, x0, index, eps)}[kind]
+        value = {"x0": x0, "v": dfn.predict_v(schedule, x0, index, eps), VELOCITY: eps - x0}[kind]
         return jnp.concatenate([value, values])
 
     return converted
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("kind", ["x0", "v", VELOCITY], ids=["x0", "v", "of-ones-own"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("step", [dfn.ddpm_step, dfn.ddim_step])
 def test_predictions_are_equivalent(step, clip, kind):
-    schedule, network = dfn.Schedule(dfn.linear_betas(), (0, 400, 777)), tiny()
+    schedule, network = dfn.Schedule(dfn.linear_betas(), (0, 400, 777)), Pointwise()
     converted = as_prediction(network, schedule, kind)
     for t in (0, 2):
         args = (schedule, images(1)[0], t, LABEL)
@@ -178,7 +185,13 @@ def test_conversions(betas, t):
     s = dfn.Schedule(betas)
     x0, eps = images(2)
     xt = dfn.q_sample(s, x0, t, eps)
-    for kind, value in (("eps", eps), ("x0", x0), ("v", dfn.predict_v(s, x0, t, eps))):
+    values: list[tuple[dfn.PredictionLike, jax.Array]] = [
+        ("eps", eps),
+        ("x0", x0),
+        ("v", dfn.predict_v(s, x0, t, eps)),
+        (VELOCITY, eps - x0),
+    ]
+    for kind, value in values:
         # What is derived by division by a small number is as much less exact.
         small = min(float(s.sqrt_alphas_cumprod[t]), float(s.sqrt_one_minus_alphas_cumprod[t]))
         assert tree_allclose((x0, eps), dfn.x0_and_eps(s, xt, t, value, kind), 1e-6 / small)
@@ -214,7 +227,8 @@ def test_learned_variance_spans_the_two_bounds():
     def network(value):
         return lambda x, t, cond: jnp.concatenate([x, jnp.full_like(x, value)])
 
-    for value, variance in ((-1.0, "small"), (1.0, "large")):
+    bounds: dict[float, dfn.Variance] = {-1.0: "small", 1.0: "large"}
+    for value, variance in bounds.items():
         learned = dfn.ddpm_step(network(value), schedule, x, 5, None, key=KEY)
         fixed = dfn.ddpm_step(network(0.0), schedule, x, 5, None, key=KEY, variance=variance)
         assert tree_allclose(learned, fixed, 1e-6)
@@ -222,7 +236,7 @@ def test_learned_variance_spans_the_two_bounds():
 
 def test_sample_returns_what_is_asked_for():
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
-    network, noise = tiny(), images(1)[0]
+    network, noise = Pointwise(), images(1)[0]
     plain, with_x0 = (partial(dfn.ddpm_step, network, schedule, with_x0=w) for w in (False, True))
     run = partial(dfn.sample, schedule=schedule, noise=noise, cond=LABEL, key=KEY)
     x = run(plain)
@@ -238,13 +252,45 @@ def test_sample_returns_what_is_asked_for():
     assert tree_allclose(first, (states[0], x0s[0]), 1e-5)
 
 
+def test_types_follow_what_is_asked_for():
+    """Each `assert_type` is held by the type checker, the structures here."""
+    schedule, x, network = dfn.Schedule(dfn.linear_betas(), (0, 500)), images(1)[0], Pointwise()
+
+    def calls():
+        next_x = partial(dfn.ddpm_step, network, schedule)
+        both = partial(dfn.ddim_step, network, schedule, with_x0=True)
+        assert_type(edt.guide(network, 2.0, 10), edt.Network)
+        return [
+            assert_type(next_x(x, 1, LABEL, key=KEY), jax.Array),
+            assert_type(both(x, 1, LABEL, key=KEY), tuple[jax.Array, jax.Array]),
+            assert_type(dfn.sample(next_x, schedule, x, LABEL, key=KEY), jax.Array),
+            assert_type(
+                dfn.sample(both, schedule, x, LABEL, key=KEY, has_aux=True),
+                tuple[jax.Array, jax.Array],
+            ),
+            assert_type(
+                dfn.sample(next_x, schedule, x, LABEL, key=KEY, trajectory=True),
+                tuple[jax.Array, jax.Array],
+            ),
+            assert_type(
+                dfn.sample(both, schedule, x, LABEL, key=KEY, has_aux=True, trajectory=True),
+                tuple[jax.Array, tuple[jax.Array, jax.Array]],
+            ),
+        ]
+
+    found = jax.tree.map(lambda a: len(a.shape), jax.eval_shape(calls))
+    assert found == [3, (3, 3), 3, (3, 4), (3, 4), (3, (4, 4))]
+
+
 def test_sample_in_low_precision():
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
-    step = partial(dfn.ddpm_step, edt.cast(tiny(), jnp.bfloat16), schedule)
+    step = partial(
+        dfn.ddpm_step, edt.cast(tiny(hidden_size=8, depth=1, num_heads=2), jnp.bfloat16), schedule
+    )
     x = dfn.sample(step, schedule, images(1)[0].astype(jnp.bfloat16), LABEL, key=KEY)
     assert x.dtype == jnp.bfloat16
     assert np.isfinite(x.astype(jnp.float32)).all()
-    loss = dfn.hybrid_loss(tiny(), schedule, x, LABEL, key=KEY)
+    loss = dfn.hybrid_loss(Pointwise(), schedule, x, LABEL, key=KEY)
     assert loss.dtype == jnp.float32
 
 
@@ -264,7 +310,7 @@ def test_gradient_with_respect_to_eta_is_finite():
     schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 5))
 
     def total(eta, t):
-        return dfn.ddim_step(tiny(), schedule, images(1)[0], t, LABEL, key=KEY, eta=eta).sum()
+        return dfn.ddim_step(Pointwise(), schedule, images(1)[0], t, LABEL, key=KEY, eta=eta).sum()
 
     for t in (0, 3):
         for eta in (0.0, 1.0):
@@ -285,7 +331,7 @@ def test_zero_terminal_signal():
 
 def test_sample_refuses_what_does_not_fit():
     full, short = dfn.Schedule(dfn.linear_betas()), dfn.Schedule(dfn.linear_betas(), (0, 500))
-    x, network = images(1)[0], tiny()
+    x, network = images(1)[0], Pointwise()
     with pytest.raises(ValueError, match="a schedule of 1000 steps, but schedule has 2"):
         dfn.sample(partial(dfn.ddim_step, network, full), short, x, LABEL, key=KEY)
     plain, with_x0 = (partial(dfn.ddim_step, network, short, with_x0=w) for w in (False, True))
@@ -337,7 +383,7 @@ def test_progress_is_reported_from_within_jit():
         )
         return jax.vmap(draw)(noise)
 
-    jax.block_until_ready(run(tiny(), images(3)))
+    jax.block_until_ready(run(Pointwise(), images(3)))
     jax.effects_barrier()
     # Once a step, however many are drawn together.
     assert sorted(seen) == [1, 2, 3, 4, 5, 6]
@@ -411,7 +457,7 @@ def test_spacings(spacing, expected):
 
 @pytest.mark.parametrize("loss", [dfn.simple_loss, dfn.hybrid_loss])
 def test_losses(loss):
-    schedule, network, x0 = dfn.Schedule(dfn.linear_betas()), tiny(), images(1)[0]
+    schedule, network, x0 = dfn.Schedule(dfn.linear_betas()), Pointwise(), images(1)[0]
     value = jax.jit(lambda n: loss(n, schedule, x0, LABEL, key=KEY))(network)
     assert value.shape == ()
     assert value.dtype == jnp.float32
@@ -440,7 +486,7 @@ def test_the_bound_teaches_the_variance_only():
 
 
 def test_sample_is_the_loop_and_compiles_one_step():
-    network = tiny()
+    network = Pointwise()
     noise = images(1)[0]
 
     def run(schedule):
@@ -456,7 +502,7 @@ def test_sample_is_the_loop_and_compiles_one_step():
 
     def size(steps):
         schedule = dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, steps))
-        return len(str(jax.make_jaxpr(run)(schedule)).splitlines())
+        return str(jax.make_jaxpr(run)(schedule)).count(" = ")
 
     assert size(4) == size(50)
 
@@ -479,7 +525,7 @@ def test_sample_is_the_loop_and_compiles_one_step():
         (lambda: dfn.space_timesteps(10, "six"), ["'six'", "'10,15,20'"]),
         (lambda: dfn.space_timesteps(10, "ddim"), ["'ddim'"]),
         (lambda: dfn.space_timesteps(1000, "ddim300"), ["'ddim300'", "stride"]),
-        (lambda: dfn.space_timesteps(10, 5, "even"), ["'even'", "leading, trailing, linspace"]),
+        (lambda: dfn.space_timesteps(10, 5, UNKNOWN), ["'other'", "leading, trailing, linspace"]),
         (lambda: dfn.space_timesteps(10, 11, "leading"), ["11 of 10"]),
         (lambda: dfn.space_timesteps(10, "2,2", "leading"), ["sections"]),
         (lambda: dfn.space_timesteps(10, "ddim5", "leading"), ["'ddim5'", "'leading'"]),
@@ -495,7 +541,7 @@ def test_bad_input(call, words):
 def test_eta_out_of_range(eta):
     schedule, x = dfn.Schedule(dfn.linear_betas()), images(1)[0]
     with pytest.raises(ValueError, match=rf"eta={eta} must lie in \[0, 1\]"):
-        dfn.ddim_step(tiny(), schedule, x, 5, LABEL, key=KEY, eta=eta)
+        dfn.ddim_step(Pointwise(), schedule, x, 5, LABEL, key=KEY, eta=eta)
 
 
 def test_bad_networks_and_variances():
@@ -503,8 +549,8 @@ def test_bad_networks_and_variances():
     same = lambda x, t, cond: x  # noqa: E731
     with pytest.raises(ValueError, match=r"learn_sigma=True.*'small' or 'large'"):
         dfn.ddpm_step(same, schedule, x, 5, None, key=KEY)
-    with pytest.raises(ValueError, match=r"'huge' is unknown.*learned.*small.*large"):
-        dfn.ddpm_step(same, schedule, x, 5, None, key=KEY, variance="huge")
+    with pytest.raises(ValueError, match=r"'other' is unknown.*learned.*small.*large"):
+        dfn.ddpm_step(same, schedule, x, 5, None, key=KEY, variance=UNKNOWN)
     with pytest.raises(ValueError, match=r"shape \(3, 8, 8\).*1 channels, or 2"):
         dfn.ddim_step(lambda x, t, cond: jnp.ones((3, 8, 8)), schedule, x, 5, None, key=KEY)
     with pytest.raises(ValueError, match="learn_sigma=True"):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GUIDANCE, images, tiny, tree_allclose
+from helpers import GUIDANCE, Pointwise, images, tiny, tree_allclose
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -20,7 +20,7 @@ def evaluate(network, label=LABEL):
 
 
 def test_formula():
-    network = tiny()
+    network = Pointwise()
     cond, null = evaluate(network), evaluate(network, jnp.full(7, 10))
     guided = evaluate(edt.guide(network, 4.0, NULL))
     assert tree_allclose(guided[:, :1], (cond + 3 * (cond - null))[:, :1], 1e-5)
@@ -29,7 +29,7 @@ def test_formula():
 
 
 def test_channels():
-    network = tiny(in_channels=4)
+    network = Pointwise(in_channels=4)
     x = images(1, (4, 8, 8))[0]
     t, label = jnp.asarray(3.0), jnp.asarray(2)
     cond, null = network(x, t, label), network(x, t, NULL)
@@ -43,14 +43,14 @@ def test_channels():
 
 
 def test_scale_1_is_bit_for_bit_the_conditional_network():
-    network = tiny()
+    network = tiny(hidden_size=8, depth=1, num_heads=2)
     assert tree_allclose(evaluate(edt.guide(network, jnp.asarray(1.0), NULL)), evaluate(network))
     assert edt.guide(network, 1, NULL) is network
     assert edt.guide(network, 1.0, NULL) is network
 
 
 def test_scale_0_is_the_unconditional_network():
-    network = tiny(learn_sigma=False)
+    network = Pointwise(learn_sigma=False)
     null = evaluate(network, jnp.full(7, 10))
     assert tree_allclose(evaluate(edt.guide(network, 0.0, NULL)), null, 1e-5)
 
@@ -63,7 +63,9 @@ def test_one_program_for_every_scale_and_null():
         traces.append(None)
         return network(X[0], T[0], LABEL[0])
 
-    outs = [run(edt.guide(tiny(), s, n)) for s, n in ((2.0, 10), (3, 9), (jnp.asarray(4.0), NULL))]
+    outs = [
+        run(edt.guide(Pointwise(), s, n)) for s, n in ((2.0, 10), (3, 9), (jnp.asarray(4.0), NULL))
+    ]
     assert len(traces) == 1
     assert not tree_allclose(outs[0], outs[1], 1e-3)
 
@@ -87,20 +89,20 @@ every_rule = pytest.mark.parametrize("rule", GUIDANCE.values(), ids=GUIDANCE)
 
 @every_rule
 def test_laws_of_every_rule(rule):
-    network = rule(tiny(), 3.0, NULL)
+    network = rule(Pointwise(), 3.0, NULL)
     assert isinstance(network, edt.Network)
     batched = evaluate(network)
     loop = jnp.stack([network(*args) for args in zip(X, T, LABEL, strict=True)])
     assert tree_allclose(batched, loop, 1e-5)
     # The variance is the conditional one, and something is guided.
-    cond = evaluate(tiny())
+    cond = evaluate(Pointwise())
     assert tree_allclose(batched[:, 1:], cond[:, 1:], 1e-6)
     assert not tree_allclose(batched[:, :1], cond[:, :1], 1e-2)
-    low = rule(edt.cast(tiny(), jnp.bfloat16), 3.0, NULL)
+    low = rule(edt.cast(Pointwise(), jnp.bfloat16), 3.0, NULL)
     assert low(X[0], T[3], LABEL[0]).dtype == jnp.float32
     assert low(X[0].astype(jnp.bfloat16), T[3], LABEL[0]).dtype == jnp.bfloat16
-    assert rule(cond_network := tiny(), 1, NULL) is cond_network
-    assert tree_allclose(evaluate(rule(tiny(), jnp.asarray(1.0), NULL)), cond, 1e-6)
+    assert rule(cond_network := Pointwise(), 1, NULL) is cond_network
+    assert tree_allclose(evaluate(rule(Pointwise(), jnp.asarray(1.0), NULL)), cond, 1e-6)
 
 
 @every_rule
@@ -115,7 +117,7 @@ def test_every_rule_composes_with_sampling(rule, step):
         draw = partial(dfn.sample, partial(step, network, schedule), schedule)
         return jax.vmap(lambda x, c: draw(x, c, key=jax.random.key(0)))(x, label)
 
-    outs = [run(rule(tiny(), scale, NULL), X, LABEL) for scale in (2.0, 4.0)]
+    outs = [run(rule(Pointwise(), scale, NULL), X, LABEL) for scale in (2.0, 4.0)]
     assert len(traces) == 1
     assert np.isfinite(outs[0]).all()
     assert not tree_allclose(outs[0], outs[1], 1e-3)
@@ -123,21 +125,23 @@ def test_every_rule_composes_with_sampling(rule, step):
 
 def test_scale_of_each_sample():
     scales = jnp.linspace(0.0, 5.0, 7)
-    guided = lambda s, x, t, c: edt.guide(tiny(), s, NULL)(x, t, c)  # noqa: E731
+    guided = lambda s, x, t, c: edt.guide(Pointwise(), s, NULL)(x, t, c)  # noqa: E731
     each = jax.vmap(guided)(scales, X, T, LABEL)
     for i, scale in enumerate(scales):
-        assert tree_allclose(edt.guide(tiny(), scale, NULL)(X[i], T[i], LABEL[i]), each[i], 1e-5)
+        assert tree_allclose(
+            edt.guide(Pointwise(), scale, NULL)(X[i], T[i], LABEL[i]), each[i], 1e-5
+        )
 
 
 def test_negative_conditioning():
-    network = tiny(learn_sigma=False)
+    network = Pointwise(learn_sigma=False)
     cond, avoided = evaluate(network), evaluate(network, jnp.full(7, 4))
     guided = evaluate(edt.guide(network, 3.0, jnp.asarray(4)))
     assert tree_allclose(cond + 2 * (cond - avoided), guided, 1e-5)
 
 
 def test_autoguidance():
-    network, weaker = tiny(learn_sigma=False), tiny(learn_sigma=False, depth=1)
+    network, weaker = Pointwise(learn_sigma=False), Pointwise(learn_sigma=False, seed=1)
     cond, weak = evaluate(network), evaluate(weaker)
     guided = evaluate(edt.guide(network, 3.0, NULL, other=weaker))
     assert tree_allclose(cond + 2 * (cond - weak), guided, 1e-5)
@@ -148,8 +152,8 @@ def test_autoguidance():
 
 
 def test_interval():
-    guided, plain = edt.guide(tiny(), 3.0, NULL), tiny()
-    limited = edt.guide(tiny(), 3.0, NULL, interval=(T[2], T[4]))
+    guided, plain = edt.guide(Pointwise(), 3.0, NULL), Pointwise()
+    limited = edt.guide(Pointwise(), 3.0, NULL, interval=(T[2], T[4]))
     for i, t in enumerate(T):
         expected = guided if 2 <= i <= 4 else plain
         assert tree_allclose(expected(X[i], t, LABEL[i]), limited(X[i], t, LABEL[i]), 1e-6)
@@ -157,16 +161,16 @@ def test_interval():
 
 
 def test_rescale():
-    cond = evaluate(tiny())[:, :1]
+    cond = evaluate(Pointwise())[:, :1]
     plain, full, half = (
-        evaluate(edt.guide(tiny(), 5.0, NULL, rescale=r))[:, :1] for r in (0.0, 1.0, 0.5)
+        evaluate(edt.guide(Pointwise(), 5.0, NULL, rescale=r))[:, :1] for r in (0.0, 1.0, 0.5)
     )
-    assert tree_allclose(plain, evaluate(edt.guide(tiny(), 5.0, NULL))[:, :1], 1e-6)
+    assert tree_allclose(plain, evaluate(edt.guide(Pointwise(), 5.0, NULL))[:, :1], 1e-6)
     axes = (1, 2, 3)
     assert tree_allclose(full.std(axes), cond.std(axes), 1e-5)
     assert tree_allclose((full + plain) / 2, half, 1e-5)
     assert (plain.std(axes) != cond.std(axes)).all()
-    new = edt.DiT(1, 2, 32, 2, 4, 10, key=jax.random.key(0))
+    new = jax.tree.map(jnp.zeros_like, Pointwise())  # predicts 0, as a new DiT does
     assert (evaluate(edt.guide(new, 5.0, NULL, rescale=1.0)) == 0).all()
 
 
@@ -199,20 +203,20 @@ def test_bad_input():
         with pytest.raises(ValueError, match=f"probability={probability}"):
             edt.drop_label(LABEL[0], 10, probability, key=jax.random.key(0))
     with pytest.raises(ValueError, match="scale=nan must be finite"):
-        edt.guide(tiny(), float("nan"), NULL)
+        edt.guide(Pointwise(), float("nan"), NULL)
     with pytest.raises(ValueError, match=r"rescale=1\.5 must lie in"):
-        edt.guide(tiny(), 2.0, NULL, rescale=1.5)
+        edt.guide(Pointwise(), 2.0, NULL, rescale=1.5)
     with pytest.raises(ValueError, match=r"interval=\(5, 3\) must be the lowest"):
-        edt.guide(tiny(), 2.0, NULL, interval=(5, 3))
+        edt.guide(Pointwise(), 2.0, NULL, interval=(5, 3))
     with pytest.raises(ValueError, match="null has the structure"):
-        edt.guide(tiny(), 2.0, {"label": NULL})(X[0], T[0], LABEL[0])
+        edt.guide(Pointwise(), 2.0, {"label": NULL})(X[0], T[0], LABEL[0])
     with pytest.raises(ValueError, match="must predict the same"):
-        edt.guide(tiny(), 2.0, None, other=tiny(learn_sigma=False))(X[0], T[0], LABEL[0])
+        edt.guide(Pointwise(), 2.0, None, other=Pointwise(learn_sigma=False))(X[0], T[0], LABEL[0])
     with pytest.raises(ValueError, match="null=1000 does not fit the label's dtype uint8"):
         edt.drop_label(jnp.asarray(3, jnp.uint8), jnp.asarray(1000), 0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="null has the structure"):
         edt.drop_label({"a": LABEL[0]}, NULL, 0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="channels=0"):
-        edt.guide(tiny(), 2.0, NULL, channels=0)
+        edt.guide(Pointwise(), 2.0, NULL, channels=0)
     with pytest.raises(ValueError, match="channels=3, but the output has only 2"):
-        edt.guide(tiny(), 2.0, NULL, channels=3)(X[0], T[0], LABEL[0])
+        edt.guide(Pointwise(), 2.0, NULL, channels=3)(X[0], T[0], LABEL[0])

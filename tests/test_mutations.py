@@ -9,7 +9,7 @@ from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
 
 import equidit as edt
 from equidit import diffusion as dfn
-from equidit.diffusion import losses, schedules, steps
+from equidit.diffusion import gaussian, likelihood, losses, schedules, steps
 from equidit.nn import conditioning
 
 
@@ -61,7 +61,7 @@ def test_rows_before_columns(monkeypatch):
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_schedule_off_by_one(monkeypatch, shift):
     right = schedules.at
-    for module in (schedules, losses, steps):
+    for module in (schedules, gaussian, losses, likelihood, steps):
         wrong = lambda table, t: right(table, jnp.clip(t + shift, 0, 249))  # noqa: E731
         monkeypatch.setattr(module, "at", wrong)
     errors = diffusion_errors("250")

@@ -1,13 +1,16 @@
 """Losses, weights and the bound, where the optimum is known in closed form."""
 
+import dataclasses
+import functools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import images, tiny, tree_allclose
+from helpers import VELOCITY, Pointwise, images, tree_allclose
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -19,6 +22,10 @@ KEY = jax.random.key(5)
 # Data are N(0, SPREAD^2).
 SPREAD = 0.7
 TIMES = [0, 1, 10, 100, 500, 999]
+UNKNOWN: Any = "other"
+every_prediction = pytest.mark.parametrize(
+    "prediction", ["eps", "x0", "v", VELOCITY], ids=["eps", "x0", "v", "of-ones-own"]
+)
 
 
 def signal_of(t, keep=None):
@@ -42,25 +49,29 @@ def ideal(prediction, schedule=FULL):
         signal, noise = jnp.sqrt(a), jnp.sqrt(1 - a)
         x0 = signal * SPREAD**2 / (a * SPREAD**2 + 1 - a) * x
         eps = (x - signal * x0) / noise
-        value = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+        values = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0, VELOCITY: eps - x0}
+        value = values[prediction]
         return jnp.concatenate([value, jnp.ones_like(value)])
 
     return network
 
 
-def mean_over_data_and_noise(loss):
-    """By Gauss-Hermite quadrature; `loss(x0, noise)` of an image of one pixel."""
+def means_over_data_and_noise(losses, times):
+    """By Gauss-Hermite quadrature; `losses(t, x0, noise)` of an image of one pixel, a row each."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     x0, noise = (a.astype(np.float32).reshape(-1, 1, 1, 1) for a in np.meshgrid(nodes, nodes))
-    values = jax.jit(jax.vmap(loss))(jnp.asarray(SPREAD * x0), jnp.asarray(noise))
+    over_both = jax.vmap(jax.vmap(losses, (None, 0, 0)), (0, None, None))
+    values = jax.jit(over_both)(jnp.asarray(times), jnp.asarray(SPREAD * x0), jnp.asarray(noise))
     pair = np.outer(weights, weights).ravel() / weights.sum() ** 2
-    return float(np.asarray(values, np.float64) @ pair)
+    rows = zip(*(np.asarray(value, np.float64) @ pair for value in values), strict=True)
+    return dict(zip(times, rows, strict=True))
 
 
 def mse_of(prediction, t, keep=None):
     signal, _, _ = signal_of(t, keep)
-    factor = {"eps": signal / (1 - signal), "x0": 1.0, "v": 1 / (1 - signal)}[prediction]
-    return spread_of(t, keep) * factor
+    snr = signal / (1 - signal)
+    factors = {"eps": snr, "x0": 1.0, "v": 1 + snr, VELOCITY: (1 + np.sqrt(snr)) ** 2}
+    return spread_of(t, keep) * factors[prediction]
 
 
 def bits_of(t, keep=None):
@@ -73,44 +84,66 @@ def bits_of(t, keep=None):
     return 0.5 * (np.log(beta / variance) + (variance + difference) / beta - 1) / np.log(2)
 
 
+@functools.cache
+def simple_losses(prediction):
+    """At each time plain, weighted, and the gradient by a factor of the network's output."""
+
+    def losses(t, x0, noise):
+        def loss(factor, weight=None):
+            network = lambda *args: factor * ideal(prediction)(*args)  # noqa: E731
+            options = {"key": KEY, "t": t, "noise": noise, "prediction": prediction}
+            return dfn.simple_loss(network, FULL, x0, None, weight=weight, **options)
+
+        weight = partial(dfn.min_snr_weight, gamma=5.0, prediction=prediction)
+        one = jnp.ones(())
+        return loss(one), loss(one, weight), jax.grad(loss)(one)
+
+    return means_over_data_and_noise(losses, TIMES)
+
+
 @pytest.mark.parametrize("t", TIMES)
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@every_prediction
 def test_simple_loss_at_the_optimum(prediction, t):
-    network = ideal(prediction)
-
-    def loss(x0, noise, **options):
-        options = {"key": KEY, "t": t, "noise": noise, "prediction": prediction} | options
-        return dfn.simple_loss(network, FULL, x0, None, **options)
-
+    loss, weighted, gradient = simple_losses(prediction)[t]
     expected = mse_of(prediction, t)
-    assert mean_over_data_and_noise(loss) == pytest.approx(expected, abs=1e-4)
+    assert loss == pytest.approx(expected, abs=1e-4)
+    # An optimum it is: of no factor but 1 is the loss as small.
+    assert gradient == pytest.approx(0, abs=1e-4 * max(1, expected))
     # The weight makes of each the same error in x0.
-    weight = partial(dfn.min_snr_weight, gamma=5.0, prediction=prediction)
     signal, _, _ = signal_of(t)
     snr = signal / (1 - signal)
-    weighted = mean_over_data_and_noise(partial(loss, weight=weight))
     assert weighted == pytest.approx(min(snr, 5.0) * mse_of("x0", t), rel=1e-3, abs=1e-4)
 
 
+@functools.cache
+def bounds(prediction):
+    """At each time the hybrid loss, the rescaled one, the bound and that with a fixed variance."""
+    network = ideal(prediction, SHORT)
+    every = (
+        dfn.hybrid_loss,
+        dfn.rescaled_hybrid_loss,
+        dfn.vlb_loss,
+        partial(dfn.vlb_loss, variance="large"),
+    )
+
+    def losses(t, x0, noise):
+        options = {"key": KEY, "t": t, "prediction": prediction, "likelihood": "latents"}
+        return [loss(network, SHORT, x0, None, noise=noise, **options) for loss in every]
+
+    return means_over_data_and_noise(losses, [t for t in TIMES if t < SHORT.steps])
+
+
 @pytest.mark.parametrize("t", [t for t in TIMES if t < 250])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@every_prediction
 def test_bounds_at_the_optimum(prediction, t):
     keep = dfn.space_timesteps(1000, 250)
-    network = ideal(prediction, SHORT)
-    options = {"key": KEY, "t": t, "prediction": prediction, "likelihood": "latents"}
-
-    def expected(loss):
-        return mean_over_data_and_noise(
-            lambda x0, noise: loss(network, SHORT, x0, None, noise=noise, **options)
-        )
-
+    hybrid, rescaled, bound, large = bounds(prediction)[t]
     mse, bits = mse_of(prediction, t, keep), bits_of(t, keep)
-    assert expected(dfn.hybrid_loss) == pytest.approx(mse + bits, abs=1e-4)
-    assert expected(dfn.rescaled_hybrid_loss) == pytest.approx(mse + bits / 4, abs=1e-4)
-    assert expected(dfn.vlb_loss) / 250 == pytest.approx(bits, abs=1e-4)
-    large = partial(dfn.vlb_loss, variance="large")
+    assert hybrid == pytest.approx(mse + bits, abs=1e-4)
+    assert rescaled == pytest.approx(mse + bits / 4, abs=1e-4)
+    assert bound / 250 == pytest.approx(bits, abs=1e-4)
     if t > 0:
-        assert expected(large) / 250 == pytest.approx(bits, abs=1e-4)
+        assert large / 250 == pytest.approx(bits, abs=1e-4)
 
 
 def test_losses_draw_uniform_steps_and_their_own_noise():
@@ -135,7 +168,7 @@ def test_losses_draw_uniform_steps_and_their_own_noise():
 
 
 def test_rescaling_is_nothing_at_1000_steps():
-    network, args = tiny(), (images(1)[0], jnp.asarray(3))
+    network, args = Pointwise(), (images(1)[0], jnp.asarray(3))
     plain, rescaled = (
         loss(network, FULL, *args, key=KEY) for loss in (dfn.hybrid_loss, dfn.rescaled_hybrid_loss)
     )
@@ -252,7 +285,7 @@ def test_bits_per_dim_of_a_mixture():
 
 
 def test_pixel_likelihood_is_the_default():
-    network, x0 = tiny(), images(1)[0]
+    network, x0 = Pointwise(), images(1)[0]
     args = (FULL, jnp.concatenate([x0, x0]), x0, x0, 0)
     assert dfn.vb_term(*args) == dfn.vb_term(*args, likelihood="pixels")
     assert dfn.vb_term(*args) != dfn.vb_term(*args, likelihood="latents")
@@ -314,7 +347,7 @@ def test_importance_sampling_in_a_training_loop():
         return weight * dfn.hybrid_loss(network, schedule, image, label, key=key, t=t)
 
     step = edt.make_train_step(loss, optimizer)
-    state, sampler = edt.init_state(tiny(), optimizer), dfn.LossSecondMoment(schedule.steps)
+    state, sampler = edt.init_state(Pointwise(), optimizer), dfn.LossSecondMoment(schedule.steps)
     metrics = {}
     for i in range(2):
         t, weight = sampler.sample(jax.random.key(i), 8)
@@ -326,19 +359,22 @@ def test_importance_sampling_in_a_training_loop():
 
 @pytest.mark.parametrize("loss", [dfn.simple_loss, dfn.hybrid_loss, dfn.vlb_loss])
 def test_unknown_prediction(loss):
-    with pytest.raises(ValueError, match="prediction='noise' is unknown: choose from eps, x0, v"):
-        loss(tiny(), FULL, images(1)[0], jnp.asarray(3), key=KEY, prediction="noise")
+    with pytest.raises(ValueError, match="prediction='other' is unknown: choose from eps, x0, v"):
+        loss(Pointwise(), FULL, images(1)[0], jnp.asarray(3), key=KEY, prediction=UNKNOWN)
 
 
 def test_bad_input():
-    network, x0 = tiny(), images(1)[0]
-    with pytest.raises(ValueError, match="likelihood='discrete' is unknown: choose from pixels"):
-        dfn.hybrid_loss(network, FULL, x0, jnp.asarray(3), key=KEY, likelihood="discrete")
-    with pytest.raises(ValueError, match="variance='fixed' is unknown"):
-        dfn.vlb_loss(network, FULL, x0, jnp.asarray(3), key=KEY, variance="fixed")
+    network, x0 = Pointwise(), images(1)[0]
+    with pytest.raises(ValueError, match="likelihood='other' is unknown: choose from pixels"):
+        dfn.hybrid_loss(network, FULL, x0, jnp.asarray(3), key=KEY, likelihood=UNKNOWN)
+    with pytest.raises(ValueError, match="variance='other' is unknown"):
+        dfn.vlb_loss(network, FULL, x0, jnp.asarray(3), key=KEY, variance=UNKNOWN)
     with pytest.raises(ValueError, match="batch_size=0"):
         dfn.stratified_timesteps(KEY, 1000, 0)
     with pytest.raises(ValueError, match="gamma=0 must be above 0"):
         dfn.min_snr_weight(FULL, 3, gamma=0)
+    plain = dataclasses.replace(VELOCITY, min_snr=None)
+    with pytest.raises(ValueError, match=r"prediction=Prediction\(.* has no min_snr"):
+        dfn.min_snr_weight(FULL, 3, prediction=plain)
     with pytest.raises(ValueError, match="t=1000 is no index"):
         dfn.simple_loss(network, FULL, x0, jnp.asarray(3), key=KEY, t=1000)

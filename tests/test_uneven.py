@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
-from helpers import difference, tiny
+from helpers import Pointwise, difference
 from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType
 from test_data import Numbers, cache, taken
@@ -126,7 +126,7 @@ def test_latents_are_read_row_by_row(size, batch, random):
 
 
 SCHEDULE = dfn.Schedule(dfn.linear_betas())
-NETWORK = tiny(hidden_size=8, depth=1, num_heads=2)
+NETWORK = Pointwise()
 
 
 def examples(count):

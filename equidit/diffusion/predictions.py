@@ -1,79 +1,124 @@
-"""What a network can be asked to predict, and what follows from each."""
+"""What a network can be asked to predict, and what its output holds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._base.texts import check_choice
+from .._base.common import upcast
 from ..seams import Number
-from .schedules import Image, Index, Schedule, predict_eps, predict_v, predict_x0, times
+from .schedules import Image
+
+
+class NoiseLevel(NamedTuple):
+    """How much is left of an example: the noisy one is `signal * x0 + noise * eps`.
+
+    **Fields:** the numbers `signal` and `noise`; `inverse`, which is `1 / signal`; and `ratio`,
+    which is `noise / signal`. Of a [`equidit.diffusion.Schedule`][] each comes from a table.
+    """
+
+    signal: Float[Array, ""]
+    noise: Float[Array, ""]
+    inverse: Float[Array, ""]
+    ratio: Float[Array, ""]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network predicts: all that depends on the choice.
+    """What a network predicts, and all that follows from the choice.
 
-    **Fields:**
+    A prediction of your own goes wherever `"eps"`, `"x0"` and `"v"` do:
 
-    - `x0_and_eps`: called as `x0_and_eps(schedule, xt, t, value)`: the clean example and the noise
-        that a predicted `value` implies.
-    - `target`: called as `target(schedule, x0, t, eps)`: what the network should have predicted.
-    - `min_snr`: called as `min_snr(snr, gamma)`: the factor of the squared error that is
-        `min(snr, gamma)` of the error in x0.
+    ```python
+    velocity = Prediction(
+        x0_and_eps=lambda xt, value, level: (
+            (xt - level.noise * value) / (level.signal + level.noise),
+            (xt + level.signal * value) / (level.signal + level.noise),
+        ),
+        target=lambda x0, eps, level: eps - x0,
+    )
+    loss = simple_loss(network, schedule, x0, cond, key=key, prediction=velocity)
+    ```
+
+    **Fields**, functions of examples in at least float32:
+
+    - `x0_and_eps`: called as `x0_and_eps(xt, value, level)`: the clean example and the noise that a
+        predicted `value` implies, at a [`equidit.diffusion.NoiseLevel`][].
+    - `target`: called as `target(x0, eps, level)`: what should have been predicted.
+    - `min_snr`: called as `min_snr(snr, gamma)` by [`equidit.diffusion.min_snr_weight`][]: the
+        factor of the squared error of the prediction that is `min(snr, gamma)` of the error in x0.
+        `None` where that weight is not used.
     """
 
-    x0_and_eps: Callable[[Schedule, Image, Index, Image], tuple[Image, Image]]
-    target: Callable[[Schedule, Image, Index, Image], Image]
-    min_snr: Callable[[Float[Array, ""], Number], Float[Array, ""]]
+    x0_and_eps: Callable[[Image, Image, NoiseLevel], tuple[Image, Image]]
+    target: Callable[[Image, Image, NoiseLevel], Image]
+    min_snr: Callable[[Float[Array, ""], Number], Float[Array, ""]] | None = None
 
 
-def _from_v(schedule: Schedule, xt: Image, t: Index, v: Image) -> tuple[Image, Image]:
-    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    x0 = times(signal, t, xt) - times(noise, t, v)
-    return x0, times(noise, t, xt) + times(signal, t, v)
+PredictionName = Literal["eps", "x0", "v"]
+"""What a network predicts: `"eps"` the noise, `"x0"` the clean example, `"v"` the velocity of
+[`equidit.diffusion.predict_v`][]."""
+PredictionLike = Prediction | PredictionName
+"""A prediction, or the name of one of the library's."""
 
-
-PREDICTIONS = {
+PREDICTIONS: dict[PredictionName, Prediction] = {
     "eps": Prediction(
-        x0_and_eps=lambda schedule, xt, t, eps: (predict_x0(schedule, xt, t, eps), eps),
-        target=lambda schedule, x0, t, eps: eps,
+        x0_and_eps=lambda xt, eps, level: (level.inverse * xt - level.ratio * eps, eps),
+        target=lambda x0, eps, level: eps,
         min_snr=lambda snr, gamma: jnp.minimum(1.0, gamma / snr),
     ),
     "x0": Prediction(
-        x0_and_eps=lambda schedule, xt, t, x0: (x0, predict_eps(schedule, xt, t, x0)),
-        target=lambda schedule, x0, t, eps: x0,
+        x0_and_eps=lambda xt, x0, level: (x0, (xt - level.signal * x0) / level.noise),
+        target=lambda x0, eps, level: x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
     ),
     "v": Prediction(
-        x0_and_eps=_from_v,
-        target=predict_v,
+        x0_and_eps=lambda xt, v, level: (
+            level.signal * xt - level.noise * v,
+            level.noise * xt + level.signal * v,
+        ),
+        target=lambda x0, eps, level: level.signal * eps - level.noise * x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
     ),
 }
 
 
-def prediction_of(name: str) -> Prediction:
-    """The prediction of a name; `ValueError` for an unknown one."""
-    check_choice("prediction", name, PREDICTIONS)
-    return PREDICTIONS[name]
+def prediction_of(prediction: PredictionLike) -> Prediction:
+    """The prediction that was meant; `ValueError` for an unknown name."""
+    return prediction if isinstance(prediction, Prediction) else PREDICTIONS[prediction]
 
 
-def x0_and_eps(
-    schedule: Schedule, xt: Image, t: Index, value: Image, prediction: str = "eps"
-) -> tuple[Image, Image]:
-    """The clean example and the noise that a network's prediction implies.
+def split_output(
+    output: Float[Array, "out height width"], channels: int
+) -> tuple[Image, Image | None]:
+    """A network's output taken apart: what it predicts, and its variance channels.
+
+    A loss of your own wants this: of one-channel images, `(2, height, width)` and
+    `(1, height, width)` broadcast, so that the squared error of an output with a learned variance
+    is a number too, of the noise and the variance alike.
 
     **Arguments:**
 
-    - `schedule`, `xt`, `t`: the tables, the noisy example and its step.
-    - `value`: what was predicted.
-    - `prediction`: what that is: `"eps"`, `"x0"` or `"v"`
-        ([`equidit.diffusion.predict_v`][]); anything else is a `ValueError`.
+    - `output`: the network's, of one example.
+    - `channels`: of the network's input, e.g. `x.shape[0]`.
 
     **Returns:**
 
-    The pair `(x0, eps)`.
+    The first `channels` channels, and the other half or, of a network with `learn_sigma=False`,
+    `None`; in at least float32.
+
+    **Raises:**
+
+    `ValueError` for an output that has neither `channels` channels nor twice as many.
     """
-    return prediction_of(prediction).x0_and_eps(schedule, xt, t, value)
+    output = upcast(output)
+    if output.shape[0] == channels:
+        return output, None
+    if output.shape[0] == 2 * channels:
+        return output[:channels], output[channels:]
+    raise ValueError(
+        f"the network's output has shape {output.shape}: for an input of {channels} channels it "
+        f"should have {channels} channels, or {2 * channels} with a learned variance"
+    )

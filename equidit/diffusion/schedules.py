@@ -1,7 +1,7 @@
-"""Tables of a Gaussian process, and the closed forms over them."""
+"""Tables of a Gaussian process, and which of its steps a shorter one keeps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .._base.common import upcast
-from .._base.texts import check_choice
 
 Image = Float[Array, "channels height width"]
 """One image or latent."""
 Index = Int[Array, ""] | int | np.integer
 """A step: an index of a schedule, 0 the least noisy."""
-SPACINGS = ("fractional", "leading", "trailing", "linspace")
+Spacing = Literal["fractional", "leading", "trailing", "linspace"]
+"""How the steps of a short schedule are spread: see [`equidit.diffusion.space_timesteps`][]."""
 
 
 def linear_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
@@ -64,7 +64,7 @@ def cosine_betas(steps: int = 1000) -> Float[np.ndarray, " steps"]:
 
 
 def space_timesteps(
-    steps: int, spec: str | int | np.integer | Sequence[int], spacing: str = "fractional"
+    steps: int, spec: str | int | np.integer | Sequence[int], spacing: Spacing = "fractional"
 ) -> tuple[int, ...]:
     """Which steps of a long schedule a short one keeps.
 
@@ -94,7 +94,6 @@ def space_timesteps(
         Respacing is section 4 of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672), the
         other spacings table 2 of [Lin et al. 2023](https://arxiv.org/abs/2305.08891).
     """
-    check_choice("spacing", spacing, SPACINGS)
     if isinstance(spec, str) and spec.startswith("ddim"):
         if spacing != "fractional":
             raise ValueError(f"spec={spec!r} names a spacing of its own: leave out {spacing!r}")
@@ -122,7 +121,7 @@ def space_timesteps(
     return tuple(kept)
 
 
-def _spread(steps: int, counts: list[int], spec: Any, spacing: str) -> tuple[int, ...]:
+def _spread(steps: int, counts: list[int], spec: Any, spacing: Spacing) -> tuple[int, ...]:
     if len(counts) > 1:
         raise ValueError(f"spec={spec!r} has sections, for which spacing must be 'fractional'")
     (count,) = counts
@@ -153,10 +152,21 @@ def _counts(
 class Schedule(eqx.Module):
     """The tables of a diffusion process, float64 at birth and float32 here.
 
-    Fields, one entry a step: `betas`; `alphas_cumprod`, its predecessor `alphas_cumprod_prev`, the
-    square roots that q_sample and its inverses need, and the signal-to-noise ratio `snr`;
-    `posterior_variance`, its clipped logarithm, and the two coefficients of the posterior mean; and
-    `time`, what the network is told.
+    **Fields**, one entry a step, all but `time` of the kept steps' own betas:
+
+    - `time`: what the network is told: the index in the schedule before respacing.
+    - `betas`, `log_betas`: the variance of one step of noise, and its logarithm.
+    - `alphas_cumprod`, `alphas_cumprod_prev`: the share of `x0` in the variance at a step and at
+        the step before, where the first has 1.
+    - `sqrt_alphas_cumprod`, `sqrt_alphas_cumprod_prev`: the factor of `x0` there.
+    - `sqrt_one_minus_alphas_cumprod`: the factor of the noise at a step.
+    - `one_minus_alphas_cumprod_prev`: the variance of the noise at the step before.
+    - `snr`: the signal-to-noise ratio, `alphas_cumprod / (1 - alphas_cumprod)`.
+    - `sqrt_recip_alphas_cumprod`, `sqrt_recipm1_alphas_cumprod`: the factors of `xt` and of the
+        noise, the latter taken away, that give `x0`.
+    - `posterior_variance`, `posterior_log_variance_clipped`: of the step before, given `x0`; the
+        logarithm of the first, which would be minus infinity, is that of the second.
+    - `posterior_mean_coef1`, `posterior_mean_coef2`: factors of `x0` and `xt` in its mean.
 
     ??? cite
 
@@ -247,104 +257,12 @@ def at(table: Float[Array, " steps"], t: Index) -> Float[Array, ""]:
     """A table's entry at step `t`; `ValueError` or, if `t` is traced, NaN where there is none."""
     if not isinstance(t, Tracer) and not 0 <= int(t) < table.shape[0]:
         raise ValueError(f"t={t} is no index of a schedule of {table.shape[0]} steps")
-    # A traced index out of range gives NaN rather than, silently, the nearest step.
-    return table.at[t].get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
+    # A traced index out of range gives NaN rather than, silently, the nearest step. NaN is what is
+    # filled in by default: said here it would equal no other NaN, and every call compile anew.
+    return table.at[t].get(mode="fill", wrap_negative_indices=False)
 
 
 def times(table: Float[Array, " steps"], t: Index, x: Image) -> Image:
     """A table's entry at step `t` times `x`, in at least float32."""
     x = upcast(x)
     return at(table, t).astype(x.dtype) * x
-
-
-def q_sample(schedule: Schedule, x0: Image, t: Index, noise: Image) -> Image:
-    """The forward process: `x0` with the noise of step `t` (DDPM, equation 4).
-
-    **Arguments:**
-
-    - `schedule`: the tables.
-    - `x0`: one clean example.
-    - `t`: the step, an index of the schedule; out of range an error or, traced, NaN.
-    - `noise`: standard normal, in the shape of `x0`.
-
-    **Returns:**
-
-    The noisy example, computed and returned in at least float32, as by all of these functions.
-    """
-    signal = times(schedule.sqrt_alphas_cumprod, t, x0)
-    return signal + times(schedule.sqrt_one_minus_alphas_cumprod, t, noise)
-
-
-def posterior(schedule: Schedule, x0: Image, xt: Image, t: Index) -> tuple[Image, Float[Array, ""]]:
-    """Mean and log-variance of q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7).
-
-    **Arguments:**
-
-    - `schedule`, `x0`, `t`: as for [`equidit.diffusion.q_sample`][].
-    - `xt`: the noisy example at step `t`.
-
-    **Returns:**
-
-    The mean, and one log-variance for all its entries; that at `t = 0`, minus infinity, is replaced
-    by that of `t = 1`.
-    """
-    mean = times(schedule.posterior_mean_coef1, t, x0)
-    mean = mean + times(schedule.posterior_mean_coef2, t, xt)
-    return mean, at(schedule.posterior_log_variance_clipped, t).astype(mean.dtype)
-
-
-def predict_x0(schedule: Schedule, xt: Image, t: Index, eps: Image) -> Image:
-    """The clean example that `eps` implies: the inverse of [`equidit.diffusion.q_sample`][].
-
-    **Arguments:**
-
-    - `schedule`, `xt`, `t`: as for [`equidit.diffusion.posterior`][].
-    - `eps`: the noise in `xt`.
-
-    **Returns:**
-
-    The clean example; infinite or NaN where the schedule leaves nothing of it (a last beta of 1).
-
-    ??? cite
-
-        Section 3.2 of [Ho et al. 2020](https://arxiv.org/abs/2006.11239).
-    """
-    scaled = times(schedule.sqrt_recip_alphas_cumprod, t, xt)
-    return scaled - times(schedule.sqrt_recipm1_alphas_cumprod, t, eps)
-
-
-def predict_eps(schedule: Schedule, xt: Image, t: Index, x0: Image) -> Image:
-    """The noise that `x0` implies: the inverse of [`equidit.diffusion.predict_x0`][].
-
-    **Arguments:**
-
-    - `schedule`, `xt`, `t`: as for [`equidit.diffusion.posterior`][].
-    - `x0`: the clean example.
-
-    **Returns:**
-
-    The noise in `xt`.
-    """
-    if_clean = times(schedule.sqrt_alphas_cumprod, t, x0)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t).astype(if_clean.dtype)
-    return (upcast(xt) - if_clean) / noise
-
-
-def predict_v(schedule: Schedule, x0: Image, t: Index, eps: Image) -> Image:
-    """The velocity of a clean example and its noise: `sqrt(a) eps - sqrt(1 - a) x0`.
-
-    **Arguments:**
-
-    - `schedule`, `x0`, `t`: as for [`equidit.diffusion.q_sample`][]; `a` is `alphas_cumprod[t]`.
-    - `eps`: the noise.
-
-    **Returns:**
-
-    What a network with `prediction="v"` predicts.
-
-    ??? cite
-
-        Appendix D of [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512).
-    """
-    signal = times(schedule.sqrt_alphas_cumprod, t, eps)
-    return signal - times(schedule.sqrt_one_minus_alphas_cumprod, t, x0)
