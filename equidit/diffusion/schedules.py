@@ -7,15 +7,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .._base.common import upcast
 from .._base.texts import check_choice
+from ..seams import Image, Index
 
-Image = Float[Array, "channels height width"]
-"""One image or latent."""
-Index = Int[Array, ""] | int | np.integer
-"""A step: an index of a schedule, 0 the least noisy."""
 SPACINGS = ("fractional", "leading", "trailing", "linspace")
 
 

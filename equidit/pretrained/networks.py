@@ -13,10 +13,10 @@ import numpy as np
 
 from .._base.texts import choose_from
 from ..configs import Config
+from ..nn.attention import Attention
 from ..nn.blocks import AdaLNZeroBlock
 from ..nn.conditioning import LabelConditioner
 from ..nn.dit import DiT
-from ..nn.layers import Attention
 from ..nn.ops import layer_norm, sincos_2d, timestep_features
 from ..seams import StrPath
 from ..vae import Autoencoder
@@ -229,7 +229,7 @@ def _skeleton(arithmetic: str, config: Config, attention: Any = Attention) -> Di
             mlp_ratio=config.mlp_ratio,
             learn_sigma=config.learn_sigma,
             block=partial(
-                AdaLNZeroBlock, attention=attention, norm_mlp=_NORM_MLP if theirs else None
+                AdaLNZeroBlock, make_attention=attention, norm_mlp=_NORM_MLP if theirs else None
             ),
             conditioner=LabelConditioner(
                 config.num_classes,
@@ -348,7 +348,7 @@ def save_diffusers_dit(
         "attention_head_dim": hidden_size // attention.num_heads,
         "in_channels": network.in_channels,
         "num_attention_heads": attention.num_heads,
-        "num_embeds_ada_norm": network.conditioner.null,
+        "num_embeds_ada_norm": network.num_classes,
         "num_layers": network.blocks.depth,
         "out_channels": network.out_channels,
         "patch_size": network.patch_size,
@@ -369,7 +369,7 @@ def _kind_of(network: DiT) -> str | None:
             network.blocks.depth,
             attention.num_heads,
             network.in_channels,
-            network.conditioner.null,
+            network.num_classes,
             learn_sigma=network.out_channels != network.in_channels,
             remat=network.blocks.remat,
         )
