@@ -30,6 +30,7 @@ from .nn.stack import Remat
 from .seams import Block, LastLayer, Network, Number, PRNGKey
 
 BlockType = Literal["adaln-zero", "adaln", "cross-attention", "in-context", "text-cross-attention"]
+"""The paper's four kinds of block, and one for prompts."""
 
 
 class _Design(NamedTuple):

@@ -22,6 +22,9 @@ from .stack import Remat, Stack
 class DiT(Module):
     """A Diffusion Transformer: a [`equidit.Network`][] over patches of an image or latent.
 
+    In profiles and compiled programs its parts are named by `jax.named_scope`: `patch_embed`,
+    `conditioner` and `final`, and inside every part the classes of its layers.
+
     ??? cite
 
         [Scalable Diffusion Models with Transformers](https://arxiv.org/abs/2212.09748)
