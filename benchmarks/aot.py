@@ -93,13 +93,12 @@ def training(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """The training step, and the shapes of what it takes."""
     optimizer = optax.adam(1e-4)
     schedule = dfn.Schedule(dfn.linear_betas())
-    remat = None if case.remat == "none" else case.remat
 
     def loss(network: Any, example: Any, key: Any) -> Any:
         return dfn.hybrid_loss(network, schedule, *example, key=key)
 
     def make() -> edt.TrainState:
-        network = edt.build(case.config, key=jax.random.key(0), remat=remat)
+        network = edt.build(case.config, key=jax.random.key(0), remat=case.remat)
         return edt.init_state(network, optimizer)
 
     dtype = None if case.dtype == "float32" else jnp.dtype(case.dtype)

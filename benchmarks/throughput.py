@@ -43,9 +43,7 @@ LONG = 60.0
 
 def network_of(name: str, remat: str = "none", *, quick: bool = False) -> Any:
     """The network, initialised as the paper does; if `quick`, with equal weights."""
-    build = partial(
-        edt.build, name, key=jax.random.key(0), remat=None if remat == "none" else remat
-    )
+    build = partial(edt.build, name, key=jax.random.key(0), remat=remat)
     if not quick:
         return eqx.filter_jit(build)()
     return jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), eqx.filter_eval_shape(build))

@@ -16,9 +16,7 @@ class Signatures(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """After all modules are read."""
-        shapes: dict[str, Any] = {
-            name: pkg[f"diffusion.schedules.{name}"].value for name in ALIASES
-        }
+        shapes: dict[str, Any] = {name: pkg[f"seams.{name}"].value for name in ALIASES}
         for thing in _walk(pkg):
             if isinstance(thing, griffe.Function):
                 for parameter in thing.parameters:

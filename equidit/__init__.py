@@ -23,36 +23,34 @@ from .configs import (
     num_params as num_params,
 )
 from .guidance import drop_label as drop_label, guide as guide
-from .nn.blocks import (
+from .nn import (
+    MLP as MLP,
     AdaLNBlock as AdaLNBlock,
     AdaLNZeroBlock as AdaLNZeroBlock,
+    Attention as Attention,
     CrossAttentionBlock as CrossAttentionBlock,
+    DiT as DiT,
+    FinalLayer as FinalLayer,
     InContextBlock as InContextBlock,
-    TextCrossAttentionBlock as TextCrossAttentionBlock,
-)
-from .nn.conditioning import (
     LabelConditioner as LabelConditioner,
     LabelEmbedder as LabelEmbedder,
+    LayerNorm as LayerNorm,
+    Linear as Linear,
+    ParameterKind as ParameterKind,
+    PlainFinalLayer as PlainFinalLayer,
+    RMSNorm as RMSNorm,
+    Stack as Stack,
+    SwiGLU as SwiGLU,
     TextConditioner as TextConditioner,
+    TextCrossAttentionBlock as TextCrossAttentionBlock,
     TextEmbedder as TextEmbedder,
     TimestepConditioner as TimestepConditioner,
     TimestepEmbedder as TimestepEmbedder,
-)
-from .nn.counting import count_macs as count_macs
-from .nn.dit import DiT as DiT
-from .nn.layers import (
-    MLP as MLP,
-    Attention as Attention,
-    FinalLayer as FinalLayer,
-    LayerNorm as LayerNorm,
-    Linear as Linear,
-    PlainFinalLayer as PlainFinalLayer,
-    RMSNorm as RMSNorm,
-    SwiGLU as SwiGLU,
-)
-from .nn.ops import (
+    count_macs as count_macs,
     layer_norm as layer_norm,
     modulate as modulate,
+    muon as muon,
+    parameter_kinds as parameter_kinds,
     patchify as patchify,
     rms_norm as rms_norm,
     rotary_2d as rotary_2d,
@@ -60,12 +58,6 @@ from .nn.ops import (
     timestep_features as timestep_features,
     unpatchify as unpatchify,
 )
-from .nn.parameters import (
-    ParameterKind as ParameterKind,
-    muon as muon,
-    parameter_kinds as parameter_kinds,
-)
-from .nn.stack import Stack as Stack
 from .seams import (
     Block as Block,
     Conditioning as Conditioning,

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,37 +14,49 @@ from jaxtyping import PyTree
 
 from ._base.common import check_positive, is_parameter
 from ._base.texts import check_choice, choose_from
-from .nn.blocks import (
+from .nn import (
     AdaLNBlock,
     AdaLNZeroBlock,
     CrossAttentionBlock,
+    DiT,
+    FinalLayer,
     InContextBlock,
+    PlainFinalLayer,
+    TextConditioner,
     TextCrossAttentionBlock,
 )
-from .nn.conditioning import TextConditioner
-from .nn.counting import count_macs
-from .nn.dit import DiT
-from .nn.layers import FinalLayer, PlainFinalLayer, hidden_size
-from .nn.ops import grid_of
-from .seams import Network, Number, PRNGKey
+from .nn.counting import macs_by_scope
+from .nn.stack import Remat
+from .seams import Block, LastLayer, Network, Number, PRNGKey
+
+BlockType = Literal["adaln-zero", "adaln", "cross-attention", "in-context", "text-cross-attention"]
+"""The paper's four kinds of block, and one for prompts."""
 
 
 class _Design(NamedTuple):
-    """A block type, what belongs to it, and what its cost depends on."""
+    """A block type, and what belongs to it."""
 
-    block: Callable[..., Any]
-    final: Callable[..., Any] = FinalLayer
+    block: Callable[..., Block]
+    final: Callable[..., LastLayer] = FinalLayer
     append_cond: bool = False
-    modulation: int = 0
-    cross: bool = False
 
 
-_DESIGNS = {
-    "adaln-zero": _Design(AdaLNZeroBlock, modulation=6),
-    "adaln": _Design(AdaLNBlock, modulation=4),
-    "cross-attention": _Design(CrossAttentionBlock, PlainFinalLayer, cross=True),
+_DESIGNS: dict[BlockType, _Design] = {
+    "adaln-zero": _Design(AdaLNZeroBlock),
+    "adaln": _Design(AdaLNBlock),
+    "cross-attention": _Design(CrossAttentionBlock, PlainFinalLayer),
     "in-context": _Design(InContextBlock, PlainFinalLayer, append_cond=True),
-    "text-cross-attention": _Design(TextCrossAttentionBlock, modulation=6, cross=True),
+    "text-cross-attention": _Design(TextCrossAttentionBlock),
+}
+# By the scope of a product: its part is the last of these that it is inside of.
+_PARTS = {
+    "patch_embed": "patch embedding",
+    "conditioner": "conditioning",
+    "Attention": "attention projections",
+    "attend": "attention products",
+    "MLP": "mlp",
+    "modulation": "modulation",
+    "final": "final",
 }
 
 
@@ -72,10 +86,10 @@ class Config:
     num_classes: int | None = 1000
     mlp_ratio: Number = 4.0
     learn_sigma: bool = True
-    block: str = "adaln-zero"
+    block: BlockType = "adaln-zero"
     text_dim: int | None = None
     text_length: int = 77
-    remat: str | None = None
+    remat: Remat | None = "none"
 
     def __post_init__(self):
         check_positive(
@@ -86,7 +100,6 @@ class Config:
             in_channels=self.in_channels,
             text_length=self.text_length,
         )
-        check_choice("block", self.block, _DESIGNS)
         if self.text_dim is not None and self.num_classes is not None:
             raise ValueError(
                 f"text_dim={self.text_dim} and num_classes={self.num_classes} exclude each other: "
@@ -109,6 +122,10 @@ def _resolve(config: str | Config) -> Config:
         return config
     check_choice("config", config, CONFIGS)
     return CONFIGS[config]
+
+
+def _shapes(config: str | Config) -> DiT:
+    return eqx.filter_eval_shape(build, config, key=jax.random.key(0))
 
 
 def build(name_or_config: str | Config, *, key: PRNGKey, **overrides: Any) -> DiT:
@@ -144,7 +161,7 @@ def build(name_or_config: str | Config, *, key: PRNGKey, **overrides: Any) -> Di
             sizes["hidden_size"],
             max_length=text_length,
             # Without modulation the timestep is seen among the tokens or not at all.
-            timestep_token=not design.modulation,
+            timestep_token=design.final is PlainFinalLayer,
             key=text_key,
         )
     return DiT(
@@ -174,7 +191,7 @@ def num_params(config: str | Config | PyTree) -> int:
     `ValueError` for an unknown name, and for what has no floating-point arrays.
     """
     if isinstance(config, str | Config):
-        config = eqx.filter_eval_shape(build, config, key=jax.random.key(0))
+        config = _shapes(config)
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(config) if is_parameter(leaf)]
     if not sizes:
         raise ValueError(
@@ -189,8 +206,8 @@ def num_macs(
 ) -> int:
     """Multiply-adds of one forward pass of one example: what the paper prints as "Gflops".
 
-    The sum of [`equidit.macs_by_part`][], or for a network what [`equidit.count_macs`][] finds in
-    its program. A FLOP count as hardware vendors state it is twice this.
+    What [`equidit.count_macs`][] finds in the network's program. A FLOP count as hardware vendors
+    state it is twice this.
 
     **Arguments:**
 
@@ -212,9 +229,15 @@ def num_macs(
 
         Tables 1 and 4 of [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
-    if isinstance(config, str | Config):
-        return sum(macs_by_part(config, height, width).values())
-    inner: Any = config
+    return _macs(config, height, width, cond).total()
+
+
+def _macs(
+    config: str | Config | Network, height: int, width: int, cond: PyTree = None
+) -> Counter[str]:
+    """By the paths of scopes."""
+    network = _shapes(config) if isinstance(config, str | Config) else config
+    inner: Any = network
     while hasattr(inner, "network"):
         inner = inner.network
     if not hasattr(inner, "in_channels"):
@@ -225,7 +248,7 @@ def num_macs(
     if cond is None:
         cond = getattr(getattr(inner, "conditioner", None), "null", None)
     x = jax.ShapeDtypeStruct((inner.in_channels, height, width), jnp.float32)
-    return count_macs(config, x, jax.ShapeDtypeStruct((), jnp.float32), cond)
+    return macs_by_scope(network, x, jax.ShapeDtypeStruct((), jnp.float32), cond)
 
 
 def macs_by_part(config: str | Config, height: int = 32, width: int = 32) -> dict[str, int]:
@@ -249,30 +272,9 @@ def macs_by_part(config: str | Config, height: int = 32, width: int = 32) -> dic
 
     `ValueError` for an unknown name, and for a height or width that the patch size does not divide.
     """
-    c = _resolve(config)
-    design = _DESIGNS[c.block]
-    d = c.hidden_size
-    rows, columns = grid_of(height, width, c.patch_size)
-    image = rows * columns
-    patch = c.patch_size**2 * c.in_channels
-    conditioning = 256 * d + d * d
-    if c.text_dim is None:
-        context = 1 if c.num_classes is None else 2
-    else:
-        context = c.text_length + (not design.modulation)
-        conditioning += c.text_length * (c.text_dim * d + d * d) + d * d
-    n = image + context if design.append_cond else image
-    projections, products = 4 * d * d * n, 2 * n * n * d
-    if design.cross:
-        projections += 2 * d * d * (n + context)
-        products += 2 * n * context * d
-    final = d * patch * (2 if c.learn_sigma else 1) * image
-    return {
-        "patch embedding": patch * d * image,
-        "conditioning": conditioning,
-        "attention projections": c.depth * projections,
-        "attention products": c.depth * products,
-        "mlp": c.depth * 2 * d * hidden_size(d, c.mlp_ratio) * n,
-        "modulation": c.depth * design.modulation * d * d,
-        "final": final + (2 * d * d if design.final is FinalLayer else 0),
-    }
+    parts = dict.fromkeys(_PARTS.values(), 0)
+    for path, count in _macs(config, height, width).items():
+        scopes = re.findall(r"\w+", path)
+        *_, part = (part for scope, part in _PARTS.items() if scope in scopes)
+        parts[part] += count
+    return parts

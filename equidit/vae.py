@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._base.common import Module, check_channels, check_positive, check_statistics, upcast
-from .nn.layers import Attention, parameter
+from ._base.common import Module, check_channels, check_positive, check_statistics
+from .nn.attention import Attention
+from .nn.convolutions import Conv, GroupNorm, Resnet
 from .seams import Number, PRNGKey
-
-_lecun_normal = jax.nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
 
 
 class Gaussian(eqx.Module):
@@ -66,8 +66,8 @@ class Autoencoder(Module):
 
     encoder: "_Coder"
     decoder: "_Coder"
-    quant: Any
-    post_quant: Any
+    quant: Conv | None
+    post_quant: Conv | None
     scaling_factor: float = eqx.field(static=True)
     shift_factor: float = eqx.field(static=True)
     latents_mean: tuple[float, ...] | None = eqx.field(static=True)
@@ -129,29 +129,14 @@ class Autoencoder(Module):
         self.latents_mean = None if latents_mean is None else tuple(map(float, latents_mean))
         self.latents_std = None if latents_std is None else tuple(map(float, latents_std))
         encoder_key, decoder_key, quant_key, post_quant_key = jax.random.split(key, 4)
-        moments, widths = 2 * latent_channels, tuple(block_out_channels)
-        shared: dict[str, Any] = {
-            "middle": widths[-1],
-            "groups": norm_num_groups,
-            "attention": mid_block_add_attention,
-        }
-        self.encoder = _Coder(
-            in_channels, moments, widths, layers=layers_per_block, **shared, key=encoder_key
-        )
-        self.decoder = _Coder(
-            latent_channels,
-            out_channels,
-            widths[::-1],
-            layers=layers_per_block + 1,
-            **shared,
-            key=decoder_key,
-        )
-        self.quant = _Conv(moments, moments, 1, key=quant_key) if use_quant_conv else None
-        self.post_quant = (
-            _Conv(latent_channels, latent_channels, 1, key=post_quant_key)
-            if use_post_quant_conv
-            else None
-        )
+        latent, moments, widths = latent_channels, 2 * latent_channels, tuple(block_out_channels)
+        make = partial(_Coder, widths, groups=norm_num_groups, attention=mid_block_add_attention)
+        self.encoder = make(in_channels, moments, layers_per_block, up=False, key=encoder_key)
+        self.decoder = make(latent, out_channels, layers_per_block + 1, up=True, key=decoder_key)
+        self.quant = Conv(moments, moments, 1, key=quant_key) if use_quant_conv else None
+        self.post_quant = None
+        if use_post_quant_conv:
+            self.post_quant = Conv(latent, latent, 1, key=post_quant_key)
 
     @property
     def downsampling(self) -> int:
@@ -176,7 +161,9 @@ class Autoencoder(Module):
                     f"{name}={side} is not divisible by {factor}, the autoencoder's downsampling: "
                     "crop or resize the image"
                 )
-        moments = _optional(self.quant, _down(self.encoder, _enter(x, self.encoder.conv_in)))
+        moments = self.encoder(_enter(x, self.encoder.conv_in))
+        if self.quant is not None:
+            moments = self.quant(moments)
         mean, log_variance = jnp.split(_leave(moments, x), 2)
         shift, scale, log_scale = self._units(mean)
         return Gaussian((mean - shift) * scale, jnp.clip(log_variance, -30.0, 20.0) + 2 * log_scale)
@@ -196,7 +183,9 @@ class Autoencoder(Module):
         _check_channels("z", z, self.decoder.conv_in)
         shift, scale, _ = self._units(z)
         unscaled = _enter(z / scale + shift, self.decoder.conv_in)
-        return _leave(_up(self.decoder, _optional(self.post_quant, unscaled)), z)
+        if self.post_quant is not None:
+            unscaled = self.post_quant(unscaled)
+        return _leave(self.decoder(unscaled), z)
 
     def _units(self, like: Array) -> tuple[Any, Any, Any]:
         """Shift, scale and the scale's logarithm, from the autoencoder's units to the DiT's."""
@@ -231,7 +220,7 @@ def check_range(images: Any) -> None:
 
 
 def _enter(
-    x: Float[Array, "channels height width"], conv: "_Conv"
+    x: Float[Array, "channels height width"], conv: Conv
 ) -> Float[Array, "height width channels"]:
     return jnp.moveaxis(x, 0, -1).astype(conv.weight.dtype)
 
@@ -242,103 +231,25 @@ def _leave(
     return jnp.moveaxis(x, -1, 0).astype(like.dtype)
 
 
-def _optional(layer: Any, x: Array) -> Array:
-    return x if layer is None else layer(x)
-
-
-def _check_channels(name: str, x: Array, conv: "_Conv") -> None:
+def _check_channels(name: str, x: Array, conv: Conv) -> None:
     channels = conv.weight.shape[1]
     check_channels(name, x, channels, f"the autoencoder takes {channels}")
 
 
-class _Conv(eqx.Module):
-    """A square convolution that keeps the sides."""
-
-    weight: Float[Array, "out channels kernel kernel"]
-    bias: Float[Array, " out"]
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, key: PRNGKey):
-        self.weight = _lecun_normal(key, (out_channels, in_channels, kernel, kernel))
-        self.bias = jnp.zeros(out_channels)
-
-    def __call__(
-        self, x: Float[Array, "height width channels"]
-    ) -> Float[Array, "height width out"]:
-        return self.convolve(x, 1, "SAME")
-
-    def convolve(self, x: Array, stride: int, padding: Any) -> Float[Array, "rows columns out"]:
-        y = jax.lax.conv_general_dilated(
-            x[None],
-            parameter(self, "weight", "out channels kernel kernel"),
-            (stride, stride),
-            padding,
-            dimension_numbers=("NHWC", "OIHW", "NHWC"),
-        )[0]
-        return y + parameter(self, "bias", "out")[None, None]
-
-
-class _GroupNorm(eqx.Module):
-    scale: Float[Array, " channels"]
-    shift: Float[Array, " channels"]
-    groups: int = eqx.field(static=True)
-
-    def __init__(self, channels: int, groups: int):
-        self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
-        self.groups = groups
-
-    def __call__(
-        self, x: Float[Array, "height width channels"]
-    ) -> Float[Array, "height width channels"]:
-        y = upcast(x).reshape(*x.shape[:2], self.groups, -1)
-        y = y - y.mean(axis=(0, 1, 3), keepdims=True)
-        variance = jnp.square(y).mean(axis=(0, 1, 3), keepdims=True)
-        y = (y * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape).astype(x.dtype)
-        return y * self.scale[None, None] + self.shift[None, None]
-
-
-class _Resnet(eqx.Module):
-    """Two convolutions, each after a norm and SiLU, added to the input."""
-
-    norm1: _GroupNorm
-    conv1: _Conv
-    norm2: _GroupNorm
-    conv2: _Conv
-    shortcut: Any
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int, *, key: PRNGKey):
-        key1, key2, shortcut_key = jax.random.split(key, 3)
-        self.norm1 = _GroupNorm(in_channels, groups)
-        self.conv1 = _Conv(in_channels, out_channels, key=key1)
-        self.norm2 = _GroupNorm(out_channels, groups)
-        self.conv2 = _Conv(out_channels, out_channels, key=key2)
-        self.shortcut = (
-            None
-            if in_channels == out_channels
-            else _Conv(in_channels, out_channels, 1, key=shortcut_key)
-        )
-
-    def __call__(
-        self, x: Float[Array, "height width channels"]
-    ) -> Float[Array, "height width out"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return _optional(self.shortcut, x) + y
-
-
-class _Middle(eqx.Module):
+class _Middle(Module):
     """Residual blocks of the lowest resolution, with self-attention of one head between them."""
 
-    first: _Resnet
-    norm: Any
-    attention: Any
-    second: _Resnet
+    first: Resnet
+    norm: GroupNorm | None
+    attention: Attention | None
+    second: Resnet
 
     def __init__(self, channels: int, groups: int, attention: bool, *, key: PRNGKey):
         first_key, attention_key, second_key = jax.random.split(key, 3)
-        self.first = _Resnet(channels, channels, groups, key=first_key)
-        self.norm = _GroupNorm(channels, groups) if attention else None
+        self.first = Resnet(channels, channels, groups, key=first_key)
+        self.norm = GroupNorm(channels, groups) if attention else None
         self.attention = Attention(channels, 1, key=attention_key) if attention else None
-        self.second = _Resnet(channels, channels, groups, key=second_key)
+        self.second = Resnet(channels, channels, groups, key=second_key)
 
     def __call__(
         self, x: Float[Array, "height width channels"]
@@ -350,11 +261,12 @@ class _Middle(eqx.Module):
         return self.second(x)
 
 
-class _Stage(eqx.Module):
+class _Stage(Module):
     """The residual blocks of one resolution, and the convolution that leads to the next."""
 
-    resnets: tuple[_Resnet, ...]
-    resample: Any
+    resnets: tuple[Resnet, ...]
+    resample: Conv | None
+    up: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -362,76 +274,72 @@ class _Stage(eqx.Module):
         channels: int,
         layers: int,
         groups: int,
-        resample: bool,
         *,
+        resample: bool,
+        up: bool,
         key: PRNGKey,
     ):
         *keys, resample_key = jax.random.split(key, layers + 1)
         widths = (in_channels, *[channels] * layers)
         self.resnets = tuple(
-            _Resnet(a, b, groups, key=k)
+            Resnet(a, b, groups, key=k)
             for a, b, k in zip(widths[:-1], widths[1:], keys, strict=True)
         )
-        self.resample = _Conv(channels, channels, key=resample_key) if resample else None
+        self.resample = Conv(channels, channels, key=resample_key) if resample else None
+        self.up = up
 
     def __call__(
         self, x: Float[Array, "height width channels"]
-    ) -> Float[Array, "height width out"]:
+    ) -> Float[Array, "rows columns out"]:
         for resnet in self.resnets:
             x = resnet(x)
-        return x
+        if self.resample is None:
+            return x
+        if self.up:
+            return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
+        # Padded below and on the right alone, as the published weights were trained.
+        return self.resample.convolve(x, 2, ((0, 1), (0, 1)))
 
 
-class _Coder(eqx.Module):
-    """The layers of an encoder or a decoder: `_down` and `_up` run them in their orders."""
+class _Coder(Module):
+    """An encoder, from the image's resolution down; or with `up` a decoder, in the other order."""
 
-    conv_in: _Conv
+    conv_in: Conv
     stages: tuple[_Stage, ...]
     middle: _Middle
-    norm_out: _GroupNorm
-    conv_out: _Conv
+    norm_out: GroupNorm
+    conv_out: Conv
+    up: bool = eqx.field(static=True)
 
     def __init__(
         self,
+        widths: tuple[int, ...],
         in_channels: int,
         out_channels: int,
-        widths: tuple[int, ...],
-        middle: int,
         layers: int,
+        *,
         groups: int,
         attention: bool,
-        *,
+        up: bool,
         key: PRNGKey,
     ):
-        """`widths`: channels of the stages in their order; `middle`: of the lowest resolution."""
         in_key, middle_key, out_key, *keys = jax.random.split(key, 3 + len(widths))
-        self.conv_in = _Conv(in_channels, widths[0], key=in_key)
+        self.middle = _Middle(widths[-1], groups, attention, key=middle_key)
+        widths = widths[::-1] if up else widths
+        last = len(widths) - 1
+        self.conv_in = Conv(in_channels, widths[0], key=in_key)
         self.stages = tuple(
-            _Stage(a, b, layers, groups, resample=i < len(widths) - 1, key=k)
+            _Stage(a, b, layers, groups, resample=i < last, up=up, key=k)
             for i, (a, b, k) in enumerate(zip((widths[0], *widths[:-1]), widths, keys, strict=True))
         )
-        self.middle = _Middle(middle, groups, attention, key=middle_key)
-        self.norm_out = _GroupNorm(widths[-1], groups)
-        self.conv_out = _Conv(widths[-1], out_channels, key=out_key)
+        self.norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], out_channels, key=out_key)
+        self.up = up
 
-    def leave(self, x: Float[Array, "height width channels"]) -> Float[Array, "height width out"]:
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "rows columns out"]:
+        x = self.conv_in(x)
+        for layer in (self.middle, *self.stages) if self.up else (*self.stages, self.middle):
+            x = layer(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
-
-
-def _down(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
-    x = coder.conv_in(x)
-    for stage in coder.stages:
-        x = stage(x)
-        if stage.resample is not None:
-            # Padded below and on the right alone, as the published weights were trained.
-            x = stage.resample.convolve(x, 2, ((0, 1), (0, 1)))
-    return coder.leave(coder.middle(x))
-
-
-def _up(coder: _Coder, x: Float[Array, "height width channels"]) -> Array:
-    x = coder.middle(coder.conv_in(x))
-    for stage in coder.stages:
-        x = stage(x)
-        if stage.resample is not None:
-            x = stage.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
-    return coder.leave(x)

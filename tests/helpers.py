@@ -28,14 +28,18 @@ BLOCKS: dict[str, Callable[..., Any]] = {
     "cross-attention": edt.CrossAttentionBlock,
     "in-context": edt.InContextBlock,
     "text-cross-attention": edt.TextCrossAttentionBlock,
-    "qk-norm": partial(edt.AdaLNZeroBlock, attention=partial(edt.Attention, qk_norm=edt.RMSNorm)),
-    "rotary": partial(edt.AdaLNZeroBlock, attention=partial(edt.Attention, rotary=edt.rotary_2d)),
-    "rms-swiglu": partial(edt.AdaLNZeroBlock, norm=edt.rms_norm, mlp=edt.SwiGLU),
+    "qk-norm": partial(
+        edt.AdaLNZeroBlock, make_attention=partial(edt.Attention, qk_norm=edt.RMSNorm)
+    ),
+    "rotary": partial(
+        edt.AdaLNZeroBlock, make_attention=partial(edt.Attention, rotary=edt.rotary_2d)
+    ),
+    "rms-swiglu": partial(edt.AdaLNZeroBlock, norm=edt.rms_norm, make_mlp=edt.SwiGLU),
     "in-context-variant": partial(
         edt.InContextBlock,
-        attention=partial(edt.Attention, qk_norm=edt.LayerNorm, rotary=edt.rotary_2d),
-        norm=edt.RMSNorm,
-        mlp=edt.SwiGLU,
+        make_attention=partial(edt.Attention, qk_norm=edt.LayerNorm, rotary=edt.rotary_2d),
+        make_norm=edt.RMSNorm,
+        make_mlp=edt.SwiGLU,
     ),
 }
 IDENTITY_AT_INIT = {

@@ -16,6 +16,7 @@ import optax
 import pytest
 from helpers import difference, images, randomize, tiny
 from jaxtyping import AbstractArray, Array, Float, Int, Key, TypeCheckError
+from site_names import public_names
 
 import equidit as edt
 from equidit import diffusion as dfn, metrics, vae
@@ -178,22 +179,21 @@ def _takes_arrays(function):
 
 
 def test_the_table_has_every_function_and_module():
-    for room in (edt, dfn, vae, metrics):
-        for name, thing in vars(room).items():
-            if name.startswith("_") or getattr(thing, "_is_protocol", False):
-                continue
-            if not getattr(thing, "__module__", "").startswith("equidit"):
-                continue
-            functions = {name: thing}
-            if inspect.isclass(thing):
-                methods = {method: f for method, f in vars(thing).items() if inspect.isfunction(f)}
-                functions = {
-                    f"{name}.{method}": f
-                    for method, f in methods.items()
-                    if not method.startswith("_") or method in ("__init__", "__call__")
-                }
-            for full, function in functions.items():
-                assert full in CALLS or not _takes_arrays(function), full
+    rooms = {room.__name__ for room in (edt, dfn, vae, metrics)}
+    for path, thing in public_names().items():
+        room, _, name = path.rpartition(".")
+        if room not in rooms or getattr(thing, "_is_protocol", False):
+            continue
+        functions = {name: thing} if inspect.isfunction(thing) else {}
+        if inspect.isclass(thing):
+            methods = {method: f for method, f in vars(thing).items() if inspect.isfunction(f)}
+            functions = {
+                f"{name}.{method}": f
+                for method, f in methods.items()
+                if not method.startswith("_") or method in ("__init__", "__call__")
+            }
+        for full, function in functions.items():
+            assert full in CALLS or not _takes_arrays(function), full
 
 
 def test_legacy_keys_are_keys():

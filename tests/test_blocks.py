@@ -22,6 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 import equidit as edt
 
 DIM, HEADS, DEPTH = 32, 4, 3
+KEY = jax.random.key(0)
 TOKENS = images(8, (6, DIM))
 VECTORS = images(8, (DIM,), seed=2)
 MATRICES = images(8, (2, DIM), seed=3)
@@ -324,6 +325,37 @@ def test_stack_takes_modules_without_arrays():
     assert tree_allclose(layers(TOKENS[0], COND), 8 * TOKENS[0])
 
 
+def test_no_remat_has_one_spelling():
+    plain, none = (
+        edt.Stack(partial(edt.AdaLNBlock, 8, 2), 1, remat=r, key=KEY) for r in ("none", None)
+    )
+    assert jax.tree.structure(plain) == jax.tree.structure(none)
+
+
+NORMED = partial(edt.Attention, qk_norm=edt.RMSNorm)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (partial(edt.AdaLNZeroBlock, 8, 2), "mlp", edt.SwiGLU),
+        (partial(edt.AdaLNBlock, 8, 2), "attention", NORMED),
+        (partial(edt.InContextBlock, 8, 2), "norm", edt.RMSNorm),
+        (partial(edt.CrossAttentionBlock, 8, 2), "norm", edt.RMSNorm),
+        (partial(edt.TextCrossAttentionBlock, 8, 2), "cross", NORMED),
+        (partial(edt.PlainFinalLayer, 8, 2, 1), "norm", edt.RMSNorm),
+    ],
+)
+def test_keywords_are_taken_under_their_former_names(make, name, value):
+    def structure(**options):
+        return jax.tree.structure(eqx.filter_eval_shape(partial(make, **options), key=KEY))
+
+    new = f"make_{name}"
+    assert structure(**{name: value}) == structure(**{new: value}) != structure()
+    with pytest.raises(TypeError, match=f"{name} is the former name of {new}: pass the latter"):
+        structure(**{name: value, new: value})
+
+
 def test_remat_recomputes():
     def saved(remat):
         layers = stack(edt.AdaLNZeroBlock, remat)
@@ -366,7 +398,12 @@ def test_a_block_that_changes_the_shape_is_named(out, words):
         (lambda k: edt.AdaLNZeroBlock(8, 2, 0.01, key=k), ["mlp_ratio=0.01", "dim=8"]),
         (lambda k: edt.Stack(partial(edt.AdaLNZeroBlock, 8, 2), 0, key=k), ["depth=0"]),
         (
-            lambda k: edt.Stack(partial(edt.AdaLNZeroBlock, 8, 2), 1, remat="all", key=k),
+            lambda k: edt.Stack(
+                partial(edt.AdaLNZeroBlock, 8, 2),
+                1,
+                remat="all",  # pyright: ignore[reportArgumentType]
+                key=k,
+            ),
             ["remat='all'", "dots", "full"],
         ),
     ],

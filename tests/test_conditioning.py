@@ -1,10 +1,11 @@
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_fields, images, randomize, tiny, tree_allclose
+from helpers import check_fields, images, randomize, tree_allclose
 from jaxtyping import TypeCheckError
 
 import equidit as edt
@@ -26,8 +27,8 @@ def conditioner(**options):
 
 
 def prompt_network(block="text-cross-attention", **sizes):
-    text: dict[str, Any] = {"num_classes": None, "text_dim": 6, "text_length": 8}
-    config = edt.Config(2, 32, 2, 4, in_channels=1, block=block, **text, **sizes)
+    text: dict[str, Any] = {"num_classes": None, "text_dim": 6, "text_length": 8, "block": block}
+    config = edt.Config(2, 32, 2, 4, in_channels=1, **text, **sizes)
     return randomize(edt.build(config, key=jax.random.key(0)), scale=0.2)
 
 
@@ -123,8 +124,21 @@ def test_bfloat16():
     assert tree_allclose(network(x, T, padded(3, 8)), low, 0.1)
 
 
-def test_null_labels():
-    assert tiny().conditioner.null == 10
+def test_conditioners_know_their_number_of_classes():
+    labels = edt.LabelConditioner(10, 8, key=jax.random.key(0))
+    unconditional = edt.TimestepConditioner(8, key=jax.random.key(0))
+    assert (labels.num_classes, labels.null) == (10, 10)
+    assert unconditional.num_classes is conditioner().num_classes is None
+
+
+def test_features_have_a_default():
+    default, none, other = (
+        edt.TimestepEmbedder(8, **options, key=jax.random.key(0))
+        for options in ({}, {"features": None}, {"features": partial(edt.timestep_features)})
+    )
+    assert jax.tree.structure(default) == jax.tree.structure(none)
+    assert jax.tree.structure(default) != jax.tree.structure(other)
+    assert tree_allclose(default(jnp.asarray(7)), other(jnp.asarray(7)))
 
 
 def test_bad_input():

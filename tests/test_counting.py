@@ -5,6 +5,7 @@ from helpers import images, tiny
 from jax.sharding import AxisType, PartitionSpec
 
 import equidit as edt
+from equidit.nn.counting import macs_by_scope
 
 A, B = images(2, (6, 6))
 
@@ -87,3 +88,19 @@ def test_guidance_costs_two():
     network, args = tiny(), (images(1)[0], jnp.asarray(3), jnp.asarray(3))
     guided = edt.guide(network, 2.0, 10)
     assert edt.count_macs(guided, *args) == 2 * edt.count_macs(network, *args)
+
+
+def test_products_are_counted_by_scope():
+    def body(x, _):
+        with jax.named_scope("inner"):
+            return jax.nn.relu(x @ B), None
+
+    def f(a):
+        with jax.named_scope("outer"):
+            a = jax.lax.scan(body, a, None, length=5)[0]
+            return a @ jax.jit(jnp.matmul)(a, B)
+
+    assert macs_by_scope(f, A) == {"outer/inner": 5 * 6**3, "outer": 2 * 6**3}
+    counts = macs_by_scope(jax.grad(lambda a: f(a).sum()), A)
+    inner = sum(count for path, count in counts.items() if "inner" in path)
+    assert (inner, counts.total()) == (10 * 6**3, 15 * 6**3)

@@ -124,6 +124,23 @@ def test_every_module_says_how_it_goes_through_jit():
     assert hash(shapes[0]) == hash(shapes[1])
 
 
+def test_profiles_and_programs_name_every_part():
+    network = eqx.filter_eval_shape(lambda: tiny(block=edt.TextCrossAttentionBlock))
+    lowered = jax.jit(lambda n, *args: n(*args)).lower(network, images(1)[0], T, LABEL)
+    text = lowered.as_text(debug_info=True)
+    for path in (
+        "DiT/patch_embed/Linear/",
+        "DiT/conditioner/LabelConditioner/TimestepEmbedder/Linear/",
+        "DiT/Stack/",
+        "TextCrossAttentionBlock/modulation/Linear/",
+        "TextCrossAttentionBlock/self_attention/Attention/Linear/",
+        "TextCrossAttentionBlock/cross_attention/Attention/attend/",
+        "TextCrossAttentionBlock/MLP/Linear/",
+        "DiT/final/FinalLayer/modulation/Linear/",
+    ):
+        assert path in text
+
+
 def test_number_of_classes():
     assert tiny().num_classes == 10
     assert tiny(num_classes=1).num_classes == 1

@@ -238,7 +238,7 @@ def test_chunked_attention_in_bfloat16():
 
 def test_chunked_attention_in_a_network():
     attend = partial(example("attention").chunked_attention, chunk=6)
-    block = partial(edt.AdaLNZeroBlock, attention=partial(edt.Attention, attend=attend))
+    block = partial(edt.AdaLNZeroBlock, make_attention=partial(edt.Attention, attend=attend))
     usual, chunked = (attribute_network(block=b) for b in (edt.AdaLNZeroBlock, block))
     assert tree_allclose(run(usual, X, T, ATTRIBUTES), run(chunked, X, T, ATTRIBUTES), 1e-5)
 

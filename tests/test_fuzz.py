@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import made
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.numpy import save

@@ -169,6 +169,7 @@ def test_zero_initialisation():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(final))
     block = edt.AdaLNZeroBlock(16, 2, key=jax.random.key(0))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(block.modulation))
+    assert isinstance(block.attention, edt.Attention)
     assert (block.attention.qkv.bias == 0).all()
 
 

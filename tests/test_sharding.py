@@ -116,7 +116,8 @@ def test_shardings_choose_the_largest_axis_but_never_the_layers():
     assert found.opt_state[0].count.spec == P()
     assert found.step.spec == P()
     assert edt.shardings(state, mesh(8), "zero1").network.blocks.blocks.mlp.up.weight.spec == P()
-    narrow = edt.init_state(edt.Stack(lambda key: edt.Linear(3, 5, key=key), 8, key=KEY), SGD)
+    make: Any = lambda key: edt.Linear(3, 5, key=key)  # noqa: E731
+    narrow = edt.init_state(edt.Stack(make, 8, key=KEY), SGD)
     assert {s.spec for s in jax.tree.leaves(edt.shardings(narrow, mesh(8), "fsdp"))} == {P()}
 
 

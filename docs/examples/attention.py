@@ -44,7 +44,7 @@ def loss(network, example, key):
 
 def main():
     attention = partial(edt.Attention, attend=partial(chunked_attention, chunk=16))
-    block = partial(edt.AdaLNZeroBlock, attention=attention)
+    block = partial(edt.AdaLNZeroBlock, make_attention=attention)
     network = edt.DiT(1, 1, 64, 4, 4, num_classes=10, block=block, key=jax.random.key(0))
     batch = jax.tree.map(lambda a: jnp.asarray(a[:64]), digits()[0])
     output = eqx.filter_jit(network)(batch.image[0], jnp.asarray(999), batch.label[0])

@@ -13,7 +13,7 @@ import itertools
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jaxtyping import AbstractArray, Key, TypeCheckError
 from .texts import brief, check_choice
 
 Converter = Callable[[Any], Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+_FORMER = "__former_names__"
 _NUMBERS = (bool, int, float, complex, np.bool_, np.number)
 _KINDS = {int: np.integer, float: np.floating, bool: np.bool_}
 
@@ -68,12 +70,14 @@ def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
     named = {p.name: _converter(p.name, p.annotation) for p in parameters}
+    former = getattr(function, _FORMER, {})
     placed = [named[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
     @functools.wraps(function)
     def accept(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         try:
+            _take_former(former, kwargs)
             pairs = itertools.zip_longest(args, placed[: len(args)])
             args = tuple(arg if convert is None else convert(arg) for arg, convert in pairs)
             for name in kwargs:
@@ -87,6 +91,23 @@ def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return accept
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """A function that takes keywords under their former names too: `@renamed(old="new")`."""
+
+    def decorate(function: Function) -> Function:
+        setattr(function, _FORMER, names)
+        return function
+
+    return decorate
+
+
+def _take_former(names: dict[str, str], kwargs: dict[str, Any]) -> None:
+    for old in names.keys() & kwargs.keys():
+        if names[old] in kwargs:
+            raise TypeError(f"{old} is the former name of {names[old]}: pass the latter alone")
+        kwargs[names[old]] = kwargs.pop(old)
 
 
 def _name(error: TypeError, signature: inspect.Signature, function: Any, *given: Any) -> None:

@@ -90,7 +90,14 @@ def check_module(name: str, thing: Any) -> None:
 
 
 class Module(eqx.Module):
-    """An Equinox module of the library's, which says how it goes through `jax.jit`."""
+    """An Equinox module of the library's. Profiles and compiled programs name its class where it is
+    called, and an error says how it goes through `jax.jit`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = jax.named_scope(cls.__name__.lstrip("_"))(vars(cls)["__call__"])
 
     def __hash__(self) -> int:
         try:

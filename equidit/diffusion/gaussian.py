@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._base.common import upcast
+from ..seams import Image, Index
 from .predictions import NoiseLevel, PredictionLike, prediction_of
-from .schedules import Image, Index, Schedule, at, times
+from .schedules import Schedule, at, times
 
 Variance = Literal["learned", "small", "large"]
 """The variance of a step: `"learned"` is read from the network's second half, between the bounds

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._base.common import upcast
-from ..seams import Network, PRNGKey
+from ..seams import Image, Network, PRNGKey
 from .gaussian import Variance
 from .losses import noise_and_evaluate
 from .predictions import PredictionLike, split_output
-from .schedules import Image, Schedule, at
+from .schedules import Schedule, at
 from .terms import Likelihood, gaussian_kl, squared_error, vb_term
 
 

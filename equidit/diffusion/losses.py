@@ -6,10 +6,10 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from .._base.common import upcast
-from ..seams import Network, Number, PRNGKey
+from ..seams import Image, Index, Network, Number, PRNGKey
 from .gaussian import Variance, q_sample
 from .predictions import PredictionLike, prediction_of, split_output
-from .schedules import Image, Index, Schedule, at
+from .schedules import Schedule, at
 from .terms import Likelihood, hybrid_terms, squared_error, vb_term
 
 Weight = Callable[[Schedule, Index], Float[Array, ""]]

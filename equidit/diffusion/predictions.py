@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._base.common import upcast
-from ..seams import Number
-from .schedules import Image
+from ..seams import Image, Number
 
 
 class NoiseLevel(NamedTuple):

@@ -7,14 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .._base.common import upcast
+from ..seams import Image, Index
 
-Image = Float[Array, "channels height width"]
-"""One image or latent."""
-Index = Int[Array, ""] | int | np.integer
-"""A step: an index of a schedule, 0 the least noisy."""
 Spacing = Literal["fractional", "leading", "trailing", "linspace"]
 """How the steps of a short schedule are spread: see [`equidit.diffusion.space_timesteps`][]."""
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._base.common import upcast
-from ..seams import Network, Number, PRNGKey, Scalar
+from ..seams import Image, Index, Network, Number, PRNGKey, Scalar
 from .gaussian import Variance, log_variance_of, posterior, predict_eps, q_sample, x0_and_eps
 from .predictions import PredictionLike, split_output
-from .schedules import Image, Index, Schedule, at, times
+from .schedules import Schedule, at, times
 
 
 def _predicted(

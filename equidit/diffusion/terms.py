@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._base.common import upcast
+from ..seams import Image, Index
 from .gaussian import Variance, log_variance_of, posterior, target_of, x0_and_eps
 from .predictions import PredictionLike, split_output
-from .schedules import Image, Index, Schedule
+from .schedules import Schedule
 
 Likelihood = Literal["pixels", "latents"]
 """What the bound takes `x0` for at `t = 0`: see [`equidit.diffusion.vb_term`][]."""

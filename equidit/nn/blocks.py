@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._base.arguments import renamed
 from .._base.common import Module
-from ..seams import Conditioning, Number, PRNGKey
-from .layers import MLP, Attention, LayerNorm, Linear, hidden_size, zeros
+from ..seams import Conditioning, Number, PRNGKey, TokenMap, TokenMixer
+from .attention import Attention
+from .layers import MLP, LayerNorm, Linear, mlp_size, modulation, zeros
 from .ops import layer_norm, modulate
 
 
@@ -26,22 +26,23 @@ class AdaLNZeroBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    attention: Any
-    mlp: Any
+    attention: TokenMixer
+    mlp: TokenMap
     modulation: Linear
-    norm: Callable[..., Array] = eqx.field(static=True)
-    norm_mlp: Callable[..., Array] = eqx.field(static=True)
+    norm: TokenMap = eqx.field(static=True)
+    norm_mlp: TokenMap = eqx.field(static=True)
 
+    @renamed(attention="make_attention", mlp="make_mlp")
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attention: Callable[..., Any] = Attention,
-        mlp: Callable[..., Any] = MLP,
-        norm: Callable[..., Array] = layer_norm,
-        norm_mlp: Callable[..., Array] | None = None,
+        make_attention: Callable[..., TokenMixer] = Attention,
+        make_mlp: Callable[..., TokenMap] = MLP,
+        norm: TokenMap = layer_norm,
+        norm_mlp: TokenMap | None = None,
         key: PRNGKey,
     ):
         """**Arguments:**
@@ -49,17 +50,18 @@ class AdaLNZeroBlock(Module):
         - `dim`: the hidden size.
         - `num_heads`: attention heads; must divide `dim`.
         - `mlp_ratio`: the MLP's hidden size as a multiple of `dim`.
-        - `attention`: called as `attention(dim, num_heads, key=key)`; makes a module with the call
-            of [`equidit.Attention`][]. For variants, `partial(Attention, qk_norm=RMSNorm)` or
-            `partial(Attention, rotary=rotary_2d)`.
-        - `mlp`: called as `mlp(dim, hidden_size, key=key)`, e.g. [`equidit.SwiGLU`][].
+        - `make_attention`: called as `make_attention(dim, num_heads, key=key)`; makes a module with
+            the call of [`equidit.Attention`][]. For variants, `partial(Attention, qk_norm=RMSNorm)`
+            or `partial(Attention, rotary=rotary_2d)`. `attention` is its former name.
+        - `make_mlp`: called as `make_mlp(dim, hidden_size, key=key)`, e.g. [`equidit.SwiGLU`][].
+            `mlp` is its former name.
         - `norm`: a function of the tokens without parameters, e.g. [`equidit.rms_norm`][].
         - `norm_mlp`: that of the MLP, where it is another; `None` is `norm`.
         - `key`: initialises the weights.
         """
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        self.attention = attention(dim, num_heads, key=attention_key)
-        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
+        self.attention = make_attention(dim, num_heads, key=attention_key)
+        self.mlp = make_mlp(dim, mlp_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
         self.norm = norm
         self.norm_mlp = norm if norm_mlp is None else norm_mlp
@@ -76,8 +78,8 @@ class AdaLNZeroBlock(Module):
 
         The tokens after the block, of the same shape and dtype.
         """
-        modulation = self.modulation(jax.nn.silu(cond.vector))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
+        parts = modulation(self.modulation, cond, 6)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         x = modulate(self.norm(tokens), shift_a, scale_a)
         tokens = tokens + gate_a[None] * _self_attention(self.attention, x, cond)
         return tokens + gate_m[None] * self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
@@ -94,26 +96,27 @@ class AdaLNBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    attention: Any
-    mlp: Any
+    attention: TokenMixer
+    mlp: TokenMap
     modulation: Linear
-    norm: Callable[..., Array] = eqx.field(static=True)
+    norm: TokenMap = eqx.field(static=True)
 
+    @renamed(attention="make_attention", mlp="make_mlp")
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attention: Callable[..., Any] = Attention,
-        mlp: Callable[..., Any] = MLP,
-        norm: Callable[..., Array] = layer_norm,
+        make_attention: Callable[..., TokenMixer] = Attention,
+        make_mlp: Callable[..., TokenMap] = MLP,
+        norm: TokenMap = layer_norm,
         key: PRNGKey,
     ):
         """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], but for `norm_mlp`."""
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        self.attention = attention(dim, num_heads, key=attention_key)
-        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
+        self.attention = make_attention(dim, num_heads, key=attention_key)
+        self.mlp = make_mlp(dim, mlp_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 4 * dim, init=zeros, key=modulation_key)
         self.norm = norm
 
@@ -129,8 +132,7 @@ class AdaLNBlock(Module):
 
         The tokens after the block, of the same shape and dtype.
         """
-        modulation = self.modulation(jax.nn.silu(cond.vector))
-        shift_a, scale_a, shift_m, scale_m = jnp.split(modulation, 4)
+        shift_a, scale_a, shift_m, scale_m = modulation(self.modulation, cond, 4)
         x = modulate(self.norm(tokens), shift_a, scale_a)
         tokens = tokens + _self_attention(self.attention, x, cond)
         return tokens + self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
@@ -149,33 +151,35 @@ class InContextBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    norm_attention: Any
-    attention: Any
-    norm_mlp: Any
-    mlp: Any
+    norm_attention: TokenMap
+    attention: TokenMixer
+    norm_mlp: TokenMap
+    mlp: TokenMap
 
+    @renamed(attention="make_attention", mlp="make_mlp", norm="make_norm")
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attention: Callable[..., Any] = Attention,
-        mlp: Callable[..., Any] = MLP,
-        norm: Callable[[int], Any] = LayerNorm,
+        make_attention: Callable[..., TokenMixer] = Attention,
+        make_mlp: Callable[..., TokenMap] = MLP,
+        make_norm: Callable[[int], TokenMap] = LayerNorm,
         key: PRNGKey,
     ):
         """**Arguments:**
 
-        - `dim`, `num_heads`, `mlp_ratio`, `attention`, `mlp`, `key`: as for
+        - `dim`, `num_heads`, `mlp_ratio`, `make_attention`, `make_mlp`, `key`: as for
             [`equidit.AdaLNZeroBlock`][].
-        - `norm`: called as `norm(dim)`; makes a module, e.g. [`equidit.RMSNorm`][].
+        - `make_norm`: called as `make_norm(dim)`, e.g. [`equidit.RMSNorm`][]. `norm` is its former
+            name.
         """
         attention_key, mlp_key = jax.random.split(key)
-        self.norm_attention = norm(dim)
-        self.attention = attention(dim, num_heads, key=attention_key)
-        self.norm_mlp = norm(dim)
-        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
+        self.norm_attention = make_norm(dim)
+        self.attention = make_attention(dim, num_heads, key=attention_key)
+        self.norm_mlp = make_norm(dim)
+        self.mlp = make_mlp(dim, mlp_size(dim, mlp_ratio), key=mlp_key)
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
@@ -203,32 +207,33 @@ class CrossAttentionBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    norm_attention: Any
-    attention: Any
-    norm_cross: Any
-    cross: Any
-    norm_mlp: Any
-    mlp: Any
+    norm_attention: TokenMap
+    attention: TokenMixer
+    norm_cross: TokenMap
+    cross: TokenMixer
+    norm_mlp: TokenMap
+    mlp: TokenMap
 
+    @renamed(attention="make_attention", mlp="make_mlp", norm="make_norm")
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attention: Callable[..., Any] = Attention,
-        mlp: Callable[..., Any] = MLP,
-        norm: Callable[[int], Any] = LayerNorm,
+        make_attention: Callable[..., TokenMixer] = Attention,
+        make_mlp: Callable[..., TokenMap] = MLP,
+        make_norm: Callable[[int], TokenMap] = LayerNorm,
         key: PRNGKey,
     ):
-        """**Arguments:** as for [`equidit.InContextBlock`][]; `attention` makes both attentions."""
+        """**Arguments:** as for [`equidit.InContextBlock`][]; `make_attention` makes both."""
         attention_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.norm_attention = norm(dim)
-        self.attention = attention(dim, num_heads, key=attention_key)
-        self.norm_cross = norm(dim)
-        self.cross = attention(dim, num_heads, key=cross_key)
-        self.norm_mlp = norm(dim)
-        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
+        self.norm_attention = make_norm(dim)
+        self.attention = make_attention(dim, num_heads, key=attention_key)
+        self.norm_cross = make_norm(dim)
+        self.cross = make_attention(dim, num_heads, key=cross_key)
+        self.norm_mlp = make_norm(dim)
+        self.mlp = make_mlp(dim, mlp_size(dim, mlp_ratio), key=mlp_key)
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
@@ -245,7 +250,7 @@ class CrossAttentionBlock(Module):
         """
         context = tokens_of(cond, reader="CrossAttentionBlock")
         tokens = tokens + _self_attention(self.attention, self.norm_attention(tokens), cond)
-        tokens = tokens + self.cross(self.norm_cross(tokens), context, cond.mask)
+        tokens = tokens + _cross_attention(self.cross, self.norm_cross(tokens), context, cond)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
@@ -260,32 +265,34 @@ class TextCrossAttentionBlock(Module):
         Section 2.3 of [Chen et al. 2023](https://arxiv.org/abs/2310.00426).
     """
 
-    attention: Any
-    cross: Any
-    mlp: Any
+    attention: TokenMixer
+    cross: TokenMixer
+    mlp: TokenMap
     modulation: Linear
-    norm: Callable[..., Array] = eqx.field(static=True)
+    norm: TokenMap = eqx.field(static=True)
 
+    @renamed(attention="make_attention", cross="make_cross", mlp="make_mlp")
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: Number = 4.0,
         *,
-        attention: Callable[..., Any] = Attention,
-        cross: Callable[..., Any] = partial(Attention, out_init=zeros),
-        mlp: Callable[..., Any] = MLP,
-        norm: Callable[..., Array] = layer_norm,
+        make_attention: Callable[..., TokenMixer] = Attention,
+        make_cross: Callable[..., TokenMixer] = partial(Attention, out_init=zeros),
+        make_mlp: Callable[..., TokenMap] = MLP,
+        norm: TokenMap = layer_norm,
         key: PRNGKey,
     ):
         """**Arguments:** as for [`equidit.AdaLNZeroBlock`][], and
 
-        - `cross`: makes the cross-attention, as `attention` makes the self-attention.
+        - `make_cross`: makes the cross-attention, as `make_attention` makes the self-attention.
+            `cross` is its former name.
         """
         attention_key, cross_key, mlp_key, modulation_key = jax.random.split(key, 4)
-        self.attention = attention(dim, num_heads, key=attention_key)
-        self.cross = cross(dim, num_heads, key=cross_key)
-        self.mlp = mlp(dim, hidden_size(dim, mlp_ratio), key=mlp_key)
+        self.attention = make_attention(dim, num_heads, key=attention_key)
+        self.cross = make_cross(dim, num_heads, key=cross_key)
+        self.mlp = make_mlp(dim, mlp_size(dim, mlp_ratio), key=mlp_key)
         self.modulation = Linear(dim, 6 * dim, init=zeros, key=modulation_key)
         self.norm = norm
 
@@ -303,18 +310,24 @@ class TextCrossAttentionBlock(Module):
         The tokens after the block, of the same shape and dtype.
         """
         context = tokens_of(cond, reader="TextCrossAttentionBlock")
-        modulation = self.modulation(jax.nn.silu(cond.vector))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
+        parts = modulation(self.modulation, cond, 6)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         x = modulate(self.norm(tokens), shift_a, scale_a)
         tokens = tokens + gate_a[None] * _self_attention(self.attention, x, cond)
-        tokens = tokens + self.cross(self.norm(tokens), context, cond.mask)
+        tokens = tokens + _cross_attention(self.cross, self.norm(tokens), context, cond)
         return tokens + gate_m[None] * self.mlp(modulate(self.norm(tokens), shift_m, scale_m))
 
 
-def _self_attention(attention: Any, x: Array, cond: Conditioning) -> Array:
+@jax.named_scope("self_attention")
+def _self_attention(attention: TokenMixer, x: Array, cond: Conditioning) -> Array:
     # A mask beside `tokens` is theirs; alone it is that of all tokens, some of them appended.
     mask = cond.mask if cond.tokens is None else None
     return attention(x, mask=mask, positions=cond.positions)
+
+
+@jax.named_scope("cross_attention")
+def _cross_attention(attention: TokenMixer, x: Array, context: Array, cond: Conditioning) -> Array:
+    return attention(x, context, cond.mask)
 
 
 def tokens_of(cond: Conditioning, *, reader: str) -> Float[Array, "cond dim"]:

@@ -1,7 +1,6 @@
 """From a timestep and a label or a prompt to what blocks are conditioned on."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,12 +10,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._base.common import Module, check_positive
-from ..seams import Conditioning, PRNGKey
+from ..seams import Conditioning, PRNGKey, Prompt, TimeFeatures
 from .layers import Linear, normal_02, parameter
 from .ops import timestep_features
-
-Prompt = tuple[Float[Array, "length text_dim"], Bool[Array, " length"]]
-"""The states of a text encoder, and which of them are the prompt rather than padding."""
 
 
 class TimestepEmbedder(Module):
@@ -29,19 +25,21 @@ class TimestepEmbedder(Module):
 
     up: Linear
     down: Linear
-    features: Callable[..., Array] | None = eqx.field(static=True)
+    features: TimeFeatures = eqx.field(static=True)
 
-    def __init__(self, dim: int, *, features: Callable[..., Array] | None = None, key: PRNGKey):
+    def __init__(
+        self, dim: int, *, features: TimeFeatures | None = timestep_features, key: PRNGKey
+    ):
         """**Arguments:**
 
         - `dim`: the model's hidden size.
-        - `features`: called as `features(t, 256)`; `None` is [`equidit.timestep_features`][].
+        - `features`: called as `features(t, 256)`; `None` is the default.
         - `key`: initialises the weights.
         """
         up_key, down_key = jax.random.split(key)
         self.up = Linear(256, dim, init=normal_02, key=up_key)
         self.down = Linear(dim, dim, init=normal_02, key=down_key)
-        self.features = features
+        self.features = timestep_features if features is None else features
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " dim"]:
         """**Arguments:**
@@ -52,7 +50,7 @@ class TimestepEmbedder(Module):
 
         Its embedding, in the parameters' dtype.
         """
-        features = (self.features or timestep_features)(t, 256)
+        features = self.features(t, 256)
         dtype = parameter(self.up, "weight", "out features").dtype
         return self.down(jax.nn.silu(self.up(features.astype(dtype))))
 
@@ -204,7 +202,7 @@ class LabelConditioner(Module):
         num_classes: int,
         dim: int,
         *,
-        features: Callable[..., Array] | None = None,
+        features: TimeFeatures | None = timestep_features,
         key: PRNGKey,
     ):
         """**Arguments:**
@@ -240,6 +238,7 @@ class TimestepConditioner(Module):
     """Conditioning of an unconditional model: `conditioner(t, None)`."""
 
     timestep: TimestepEmbedder
+    num_classes: ClassVar[None] = None
 
     def __init__(self, dim: int, *, key: PRNGKey):
         """**Arguments:**
@@ -272,6 +271,7 @@ class TextConditioner(Module):
     timestep: TimestepEmbedder
     text: TextEmbedder
     timestep_token: bool = eqx.field(static=True)
+    num_classes: ClassVar[None] = None
 
     def __init__(
         self,

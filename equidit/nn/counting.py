@@ -1,6 +1,7 @@
 """The multiply-adds of any function, counted in its program."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,37 +47,51 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
     edt.count_macs(network, x, t, label)  # 118621421568
     ```
     """
+    return macs_by_scope(function, *args).total()
+
+
+def macs_by_scope(function: Callable[..., Any], *args: Any) -> Counter[str]:
+    """As `count_macs`, but for each path of `jax.named_scope`s, such as `"DiT/final/Linear"`."""
     # As an argument, so that a network may have shapes for leaves.
     traced, _, _ = eqx.filter_make_jaxpr(lambda f, *args: f(*args))(function, *args)
-    return _count(traced.jaxpr)
+    return _count(traced.jaxpr, "")
 
 
-def _count(jaxpr: Any) -> int:
-    return sum(map(_count_equation, jaxpr.eqns))
+def _count(jaxpr: Any, outer: str) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        scope = f"{outer}/{equation.source_info.name_stack}".strip("/")
+        counts.update(_count_equation(equation, scope))
+    return counts
 
 
-def _count_equation(equation: Any) -> int:
+def _count_equation(equation: Any, scope: str) -> Counter[str]:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         left, (contracted, _) = equation.invars[0].aval.shape, params["dimension_numbers"][0]
-        return _size(equation.outvars[0]) * math.prod(left[i] for i in contracted)
+        count = _size(equation.outvars[0]) * math.prod(left[i] for i in contracted)
+        return Counter({scope: count})
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return _size(equation.outvars[0]) * math.prod(kernel) // out_channels
+        count = _size(equation.outvars[0]) * math.prod(kernel) // out_channels
+        return Counter({scope: count})
     if name in _OPAQUE:
         raise ValueError(f"the multiply-adds inside a {name} cannot be counted")
-    inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
-    if name == "while" and any(inner):
+    inner = [_count(jaxpr, scope) for jaxpr in _jaxprs(params)]
+    if name == "while" and any(map(Counter.total, inner)):
         raise ValueError(
             "matrix products in a lax.while_loop cannot be counted, since it runs an unknown "
             "number of times: use lax.scan or a fori_loop with constant bounds"
         )
     if name == "cond":
-        return max(inner)
-    if name == "shard_map":
-        return sum(inner) * params["mesh"].size
-    return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
+        return max(inner, key=Counter.total)
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":
+        times = params["mesh"].size
+    return Counter({path: times * n for path, n in sum(inner, Counter[str]()).items()})
 
 
 def _size(variable: Any) -> int:

@@ -11,16 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._base.common import Module, check_channels, check_module, check_positive
-from ..seams import Conditioning, Number, PRNGKey
+from ..seams import Block, Conditioner, Conditioning, LastLayer, Number, PRNGKey
 from .blocks import AdaLNZeroBlock, tokens_of
 from .conditioning import LabelConditioner, TimestepConditioner
 from .layers import FinalLayer, Linear, parameter
 from .ops import grid_of, patchify, sincos_2d, unpatchify
-from .stack import Stack
+from .stack import Remat, Stack
 
 
 class DiT(Module):
     """A Diffusion Transformer: a [`equidit.Network`][] over patches of an image or latent.
+
+    In profiles and compiled programs its parts are named by `jax.named_scope`: `patch_embed`,
+    `conditioner` and `final`, and inside every part the classes of its layers.
 
     ??? cite
 
@@ -37,9 +40,9 @@ class DiT(Module):
     """
 
     patch_embed: Linear
-    conditioner: Any
-    blocks: Any
-    final: Any
+    conditioner: Any  # a Conditioner; what else it has, such as `null`, its class says
+    blocks: Stack[Any]
+    final: LastLayer
     in_channels: int = eqx.field(static=True)
     out_channels: int = eqx.field(static=True)
     patch_size: int = eqx.field(static=True)
@@ -56,11 +59,11 @@ class DiT(Module):
         *,
         mlp_ratio: Number = 4.0,
         learn_sigma: bool = True,
-        block: Callable[..., Any] = AdaLNZeroBlock,
-        final: Callable[..., Any] = FinalLayer,
+        block: Callable[..., Block] = AdaLNZeroBlock,
+        final: Callable[..., LastLayer] = FinalLayer,
         append_cond: bool = False,
-        conditioner: Callable[..., Any] | None = None,
-        remat: str | None = None,
+        conditioner: Conditioner | None = None,
+        remat: Remat | None = "none",
         key: PRNGKey,
     ):
         """**Arguments:**
@@ -79,9 +82,8 @@ class DiT(Module):
         - `final`: likewise `final(hidden_size, patch_size, out_channels, key=key)`.
         - `append_cond`: whether the conditioning's tokens are appended to the image's for the
             blocks. `block`, `final` and `append_cond` belong together: see [`equidit.Config`][].
-        - `conditioner`: a module called as `conditioner(t, cond)` that returns a
-            [`equidit.Conditioning`][] of vectors of `hidden_size`. With it `num_classes` must be
-            `None`. By default timestep + label.
+        - `conditioner`: an [`equidit.seams.Conditioner`][] of vectors of `hidden_size`, by default
+            timestep + label. With it `num_classes` must be `None`.
         - `remat`: see [`equidit.Stack`][].
         - `key`: initialises the weights.
 
@@ -148,7 +150,8 @@ class DiT(Module):
         tokens, conditioning = self.embed(x, t, cond)
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         tokens = self.blocks(tokens, conditioning)[: grid[0] * grid[1]]
-        patches = self.final(tokens, conditioning)
+        with jax.named_scope("final"):
+            patches = self.final(tokens, conditioning)
         return unpatchify(patches, self.patch_size, grid).astype(x.dtype)
 
     def embed(
@@ -169,9 +172,11 @@ class DiT(Module):
         check_channels("x", x, self.in_channels, wanted)
         grid = grid_of(x.shape[1], x.shape[2], self.patch_size)
         dtype = parameter(self.patch_embed, "weight", "out features").dtype
-        tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
-        tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
-        conditioning = self.conditioner(t, cond)
+        with jax.named_scope("patch_embed"):
+            tokens = self.patch_embed(patchify(x, self.patch_size).astype(dtype))
+            tokens = tokens + sincos_2d(tokens.shape[1], grid).astype(dtype)
+        with jax.named_scope("conditioner"):
+            conditioning = self.conditioner(t, cond)
         if conditioning.vector.shape[0] != tokens.shape[1]:
             raise ValueError(
                 f"the conditioner's vector has {conditioning.vector.shape[0]} entries, but "

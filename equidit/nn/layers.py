@@ -1,4 +1,4 @@
-"""Layers: linear, attention, MLPs, norms, and the network's last."""
+"""Layers: linear, MLPs, norms, modulation, and the network's last."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from .._base.arguments import renamed
 from .._base.common import Module, check_positive
-from ..seams import Conditioning, Number, PRNGKey
+from ..seams import Conditioning, Number, PRNGKey, TokenMap
 from .ops import layer_norm, modulate, rms_norm
 
 Initializer = Callable[[PRNGKey, tuple[int, ...]], Array]
@@ -76,7 +77,7 @@ class Linear(Module):
             raise ValueError(
                 f"x has {x.shape[-1]} features, but the layer was made for {weight.shape[1]}"
             )
-        return _affine(x, weight, bias)
+        return affine(x, weight, bias)
 
 
 def weight_and_bias(layer: Linear) -> tuple[Array, Array]:
@@ -90,7 +91,7 @@ def weight_and_bias(layer: Linear) -> tuple[Array, Array]:
     return weight, bias
 
 
-def hidden_size(dim: int, mlp_ratio: Number) -> int:
+def mlp_size(dim: int, mlp_ratio: Number) -> int:
     """An MLP's hidden size; `ValueError` if it is below 1."""
     size = int(dim * mlp_ratio)
     if size < 1:
@@ -98,7 +99,8 @@ def hidden_size(dim: int, mlp_ratio: Number) -> int:
     return size
 
 
-def _affine(x: Array, weight: Array, bias: Array) -> Array:
+def affine(x: Array, weight: Array, bias: Array) -> Array:
+    """`x @ weight.T + bias`, on the last axis."""
     y = x @ weight.T
     return y + jnp.broadcast_to(bias, y.shape)
 
@@ -231,114 +233,10 @@ class SwiGLU(Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Attention(Module):
-    """Multi-head attention with one fused projection for queries, keys and values.
-
-    ??? cite
-
-        Section 3.2 of [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762).
-    """
-
-    qkv: Linear
-    out: Linear
-    q_norm: Any
-    k_norm: Any
-    num_heads: int = eqx.field(static=True)
-    attend: Callable[..., Array] = eqx.field(static=True)
-    rotary: Callable[..., Array] | None = eqx.field(static=True)
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        attend: Callable[..., Array] = jax.nn.dot_product_attention,
-        qk_norm: Callable[[int], Any] | None = None,
-        rotary: Callable[..., Array] | None = None,
-        out_init: Initializer = xavier_uniform,
-        key: PRNGKey,
-    ):
-        """**Arguments:**
-
-        - `dim`: the hidden size.
-        - `num_heads`: must divide `dim`, else `ValueError`.
-        - `attend`: `attend(query, key, value, mask=mask)` with arrays of shape
-            `(tokens, heads, head_dim)` and a mask of shape `(1, 1, tokens)` or `None`. Any function
-            with the signature of `jax.nn.dot_product_attention` will do.
-        - `qk_norm`: called as `qk_norm(head_dim)`, e.g. [`equidit.RMSNorm`][]: makes a norm of
-            every head's queries and another of its keys, which keeps the logits from growing
-            ([Dehghani et al. 2023](https://arxiv.org/abs/2302.05442), section 2). `None` is none.
-        - `rotary`: called as `rotary(x, positions)` on queries and keys of self-attention, e.g.
-            [`equidit.rotary_2d`][]. `None` is none.
-        - `out_init`: initialiser of the output projection.
-        - `key`: initialises the weights.
-        """
-        check_positive(dim=dim, num_heads=num_heads)
-        if dim % num_heads:
-            divisors = [n for n in range(1, min(dim, 64) + 1) if dim % n == 0]
-            raise ValueError(
-                f"dim={dim} is not divisible by num_heads={num_heads}: "
-                f"choose one of {divisors} heads, or another size"
-            )
-        qkv_key, out_key = jax.random.split(key)
-        self.qkv = Linear(dim, 3 * dim, key=qkv_key)
-        self.out = Linear(dim, dim, init=out_init, key=out_key)
-        self.q_norm, self.k_norm = (
-            None if qk_norm is None else qk_norm(dim // num_heads) for _ in range(2)
-        )
-        self.num_heads = num_heads
-        self.attend = attend
-        self.rotary = rotary
-
-    def __call__(
-        self,
-        x: Float[Array, "tokens dim"],
-        context: Float[Array, "cond dim"] | None = None,
-        mask: Bool[Array, " keys"] | None = None,
-        *,
-        positions: Float[Array, "tokens 2"] | None = None,
-    ) -> Float[Array, "tokens dim"]:
-        """**Arguments:**
-
-        - `x`: the tokens that ask.
-        - `context`: the tokens that are attended to; `None` is `x` itself.
-        - `mask`: which of those may be attended to (`True`); `None` is all.
-        - `positions`: row and column of every token of `x`; read if there is a `rotary`, and then
-            needed for self-attention (`ValueError`).
-
-        **Returns:**
-
-        One output a token of `x`.
-        """
-        if context is None:
-            q, k, v = map(self._heads, jnp.split(self.qkv(x), 3, axis=-1))
-        else:
-            dim = x.shape[-1]
-            weight, bias = weight_and_bias(self.qkv)
-            q = self._heads(_affine(x, weight[:dim], bias[:dim]))
-            k, v = map(
-                self._heads, jnp.split(_affine(context, weight[dim:], bias[dim:]), 2, axis=-1)
-            )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None and context is None:
-            if positions is None:
-                raise ValueError("attention with a rotary embedding needs positions, but got None")
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
-        if mask is not None:
-            if mask.shape[0] != k.shape[0]:
-                raise ValueError(
-                    f"mask has {mask.shape[0]} entries, but there are {k.shape[0]} tokens "
-                    "to attend to"
-                )
-            mask = mask[None, None]
-        # JAX's own attention relies on implicit promotion to a float32 softmax.
-        with jax.numpy_dtype_promotion("standard"):
-            y = self.attend(q, k, v, mask=mask)
-        return self.out(y.reshape(x.shape))
-
-    def _heads(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens heads head_dim"]:
-        return x.reshape(x.shape[0], self.num_heads, -1)
+@jax.named_scope("modulation")
+def modulation(layer: Callable[[Array], Array], cond: Conditioning, count: int) -> list[Array]:
+    """Shifts, scales and gates: `count` vectors that a layer makes of the conditioning's."""
+    return jnp.split(layer(jax.nn.silu(cond.vector)), count)
 
 
 class FinalLayer(Module):
@@ -352,7 +250,7 @@ class FinalLayer(Module):
 
     modulation: Linear
     linear: Linear
-    norm: Callable[..., Array] = eqx.field(static=True)
+    norm: TokenMap = eqx.field(static=True)
 
     def __init__(
         self,
@@ -360,7 +258,7 @@ class FinalLayer(Module):
         patch_size: int,
         out_channels: int,
         *,
-        norm: Callable[..., Array] = layer_norm,
+        norm: TokenMap = layer_norm,
         key: PRNGKey,
     ):
         """**Arguments:**
@@ -388,7 +286,7 @@ class FinalLayer(Module):
 
         One patch of `patch_size**2 * out_channels` features a token, for [`equidit.unpatchify`][].
         """
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2)
+        shift, scale = modulation(self.modulation, cond, 2)
         return self.linear(modulate(self.norm(tokens), shift, scale))
 
 
@@ -402,16 +300,17 @@ class PlainFinalLayer(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    norm: Any
+    norm: TokenMap
     linear: Linear
 
+    @renamed(norm="make_norm")
     def __init__(
         self,
         dim: int,
         patch_size: int,
         out_channels: int,
         *,
-        norm: Callable[[int], Any] = LayerNorm,
+        make_norm: Callable[[int], TokenMap] = LayerNorm,
         key: PRNGKey,
     ):
         """**Arguments:**
@@ -419,10 +318,11 @@ class PlainFinalLayer(Module):
         - `dim`: the hidden size.
         - `patch_size`: side of a patch, in pixels of the input.
         - `out_channels`: channels of the network's output, those of the variance among them.
-        - `norm`: called as `norm(dim)`; makes a module, e.g. [`equidit.RMSNorm`][].
+        - `make_norm`: called as `make_norm(dim)`, e.g. [`equidit.RMSNorm`][]. `norm` is its former
+            name.
         - `key`: initialises the weights.
         """
-        self.norm = norm(dim)
+        self.norm = make_norm(dim)
         self.linear = Linear(dim, patch_size**2 * out_channels, init=zeros, key=key)
 
     def __call__(

@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar, Generic, Literal, SupportsIndex, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from .._base.common import Module, check_module, check_positive
 from .._base.parts import Part, whole
-from .._base.texts import check_choice
-from ..seams import Conditioning, PRNGKey
+from ..seams import Block, Conditioning, PRNGKey
+
+Remat = Literal["none", "dots", "full"]
+BlockT = TypeVar("BlockT", bound=Block)
 
 # Cheaper to do again than to remember; gathered parameters would be remembered through these.
 _FREE = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
@@ -25,14 +27,14 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return not gathers and primitive.name not in _FREE
 
 
-_REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+_REMAT_POLICIES: dict[Remat, Callable[..., Any]] = {
     "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-class Stack(Module):
+class Stack(Module, Generic[BlockT]):
     """A stack of equal blocks, itself a block: one compiled body, scanned over the depth.
 
     Blocks may be any modules. Their arrays are stacked along a new first axis; all else must be
@@ -41,41 +43,39 @@ class Stack(Module):
     for a list of the blocks, whose arrays are copied out of the stack when they are asked for.
     """
 
-    blocks: Any
+    blocks: BlockT
     depth: int = eqx.field(static=True)
-    remat: str | None = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
     # Parameters that the devices share are gathered here, a block at a time: see `_base/parts.py`.
     scans_layers: ClassVar[bool] = True
 
     def __init__(
         self,
-        make_block: Callable[..., Any],
+        make_block: Callable[..., BlockT],
         depth: int,
         *,
-        remat: str | None = None,
+        remat: Remat | None = "none",
         key: PRNGKey,
     ):
         """**Arguments:**
 
         - `make_block`: called as `make_block(key=key)`, once for every block.
         - `depth`: number of blocks, at least 1.
-        - `remat`: what the backward pass computes again rather than remember: `"none"` (or `None`)
-            nothing; `"dots"` all but the results of weight matrix products (half the memory at
+        - `remat`: what the backward pass computes again rather than remember: `"none"` nothing, as
+            does `None`; `"dots"` all but the results of weight matrix products (half the memory at
             about the speed of `"none"`); `"full"` everything but each block's input.
         - `key`: split over the blocks.
         """
         check_positive(depth=depth)
-        if remat is not None:
-            check_choice("remat", remat, _REMAT_POLICIES)
 
-        def make(key: PRNGKey) -> Any:
+        def make(key: PRNGKey) -> BlockT:
             block = make_block(key=key)
             check_module("what make_block returns", block)
             return block
 
         self.blocks = eqx.filter_vmap(make)(jax.random.split(key, depth))
         self.depth = depth
-        self.remat = remat
+        self.remat = "none" if remat is None else remat
 
     def __call__(
         self, tokens: Float[Array, "tokens dim"], cond: Conditioning
@@ -102,15 +102,14 @@ class Stack(Module):
                 raise
             return _checked(block, out, tokens), None
 
-        remat = self.remat or "none"
         # Parameters that are gathered for one block are let go after it, even without remat.
-        if remat != "none" or _holds_parts(self.blocks):
+        if self.remat != "none" or _holds_parts(self.blocks):
             # The barriers against merging that prevent_cse adds are needless inside a scan.
-            policy = _REMAT_POLICIES[remat]
+            policy = _REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, tokens, stacked, length=self.depth)[0]
 
-    def unstack(self) -> list[Any]:
+    def unstack(self) -> list[BlockT]:
         """The blocks one by one, for a loop of your own.
 
         **Returns:**
@@ -131,10 +130,16 @@ class Stack(Module):
     def __len__(self) -> int:
         return self.depth
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[BlockT]:
         return iter(self.unstack())
 
-    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> BlockT: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockT]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> BlockT | list[BlockT]:
         """One block, from the end if `index` is negative, or the list of those in a slice."""
         if isinstance(index, slice):
             return self._blocks(range(self.depth)[index])
@@ -147,7 +152,7 @@ class Stack(Module):
             ) from None
         return self._blocks([place])[0]
 
-    def _blocks(self, places: Sequence[int]) -> list[Any]:
+    def _blocks(self, places: Sequence[int]) -> list[BlockT]:
         stacked, static = eqx.partition(self.blocks, eqx.is_array)
         at = lambda place: jax.tree.map(lambda a: a[place], stacked)  # noqa: E731
         return [whole(eqx.combine(at(place), static)) for place in places]

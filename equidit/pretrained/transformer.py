@@ -12,10 +12,10 @@ import jax
 
 from .._base.texts import choose_from
 from ..configs import Config
+from ..nn.attention import Attention
 from ..nn.blocks import AdaLNZeroBlock
 from ..nn.conditioning import LabelConditioner
 from ..nn.dit import DiT
-from ..nn.layers import Attention
 from ..nn.ops import layer_norm, timestep_features
 from ..nn.stack import Stack
 from ..seams import PRNGKey
@@ -124,12 +124,12 @@ def skeleton(
             mlp_ratio=config.mlp_ratio,
             learn_sigma=config.learn_sigma,
             block=partial(
-                AdaLNZeroBlock, attention=attention, norm_mlp=_NORM_MLP if theirs else None
+                AdaLNZeroBlock, make_attention=attention, norm_mlp=_NORM_MLP if theirs else None
             ),
             conditioner=LabelConditioner(
                 config.num_classes,
                 config.hidden_size,
-                features=_FEATURES if theirs else None,
+                features=_FEATURES if theirs else timestep_features,
                 key=key,
             ),
             remat=config.remat,
