@@ -2,7 +2,7 @@
 
 # They are what the type checker refuses.
 # pyright: reportArgumentType=false
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import equinox as eqx
@@ -21,15 +21,9 @@ from equidit import diffusion as dfn
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-SCHEDULE = dfn.Schedule(dfn.linear_betas())
 KEY = jax.random.key(7)
 BATCH = (images(4), jnp.arange(4))
 SGD = optax.sgd(0.1)
-
-
-def loss(network, example, key):
-    image, label = example
-    return dfn.hybrid_loss(network, SCHEDULE, image, label, key=key)
 
 
 def mesh(count):
@@ -52,7 +46,14 @@ def small(seed=0):
 
 def simple(network, example, key):
     image, label = example
-    return dfn.simple_loss(network, SCHEDULE, image, label, key=key)
+    noise = jax.random.normal(key, image.shape)
+    return jnp.square(network(image + noise, 500, label) - noise).mean()
+
+
+@cache
+def stepper(objective=simple, **options):
+    """The same step for all tests that ask for the same: it is compiled once."""
+    return edt.make_train_step(objective, SGD, **options)
 
 
 class Halving:
@@ -193,7 +194,7 @@ def test_numbers_beyond_jax_s_are_reported():
 def test_a_network_of_numpy_arrays_trains(sharding):
     options = {"mesh": mesh(2), "sharding": sharding}
     states = [
-        edt.make_train_step(simple, SGD, **options)(edt.init_state(network, SGD), BATCH, KEY)[0]
+        stepper(**options)(edt.init_state(network, SGD), BATCH, KEY)[0]
         for network in (small(), jax.device_get(small()))
     ]
     assert difference(states[0].network, states[1].network) == 0
@@ -341,7 +342,7 @@ def test_a_teacher_that_the_state_holds_is_a_copy():
     step = edt.make_train_step(Distilling(network), SGD)
     with pytest.raises(ValueError, match=r"the same array.*jnp\.copy"):
         step(state, BATCH, KEY)
-    edt.make_train_step(simple, SGD)(state, BATCH, KEY)
+    stepper()(state, BATCH, KEY)
     with pytest.raises(ValueError, match="the loss has arrays that are gone"):
         step(edt.init_state(small(), SGD), BATCH, KEY)
     with pytest.raises(ValueError, match="the loss has arrays that are gone"):
@@ -354,23 +355,28 @@ def telling(network, example, key):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 2}, {"accumulate": 4}, {"mesh": 2}, {"mesh": 2, "accumulate": 2}]
+    "options",
+    [
+        {},
+        {"accumulate": 2},
+        {"accumulate": 4},
+        *(
+            {"mesh": 2, "sharding": sharding} | more
+            for sharding in ("replicated", "fsdp")
+            for more in ({}, {"accumulate": 2})
+        ),
+    ],
 )
-@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
-def test_what_a_loss_reports_joins_the_metrics(options, sharding):
+def test_what_a_loss_reports_joins_the_metrics(options):
     if "mesh" in options:
-        options = options | {"mesh": mesh(options["mesh"]), "sharding": sharding}
-    elif sharding != "replicated":
-        return
-    state, metrics = edt.make_train_step(telling, SGD, **options)(
-        edt.init_state(small(), SGD), BATCH, KEY
-    )
+        options = options | {"mesh": mesh(options["mesh"])}
+    state, metrics = stepper(telling, **options)(edt.init_state(small(), SGD), BATCH, KEY)
     keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(4)]
     rows = [simple(small(), (BATCH[0][i], BATCH[1][i]), key) for i, key in enumerate(keys)]
     mean = float(np.mean(rows))
     expected = {"loss": mean, "double": 2 * mean, "dropped": 0.25, "one": 1.0, "label": 1.5}
     assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-6)
-    plain, _ = edt.make_train_step(simple, SGD, **options)(edt.init_state(small(), SGD), BATCH, KEY)
+    plain, _ = stepper(**options)(edt.init_state(small(), SGD), BATCH, KEY)
     assert difference(state, plain) < 1e-6
 
 
@@ -400,7 +406,7 @@ def test_what_a_loss_must_not_return(name):
 
 
 def test_metrics_print_single_numbers():
-    _, metrics = edt.make_train_step(telling, SGD)(edt.init_state(small(), SGD), BATCH, KEY)
+    _, metrics = stepper(telling)(edt.init_state(small(), SGD), BATCH, KEY)
     printed = str(metrics)
     assert f"'loss': {np.asarray(metrics['loss'])!s}," in printed
     assert "'losses': f32[4]" in printed
@@ -421,7 +427,7 @@ def test_metrics_print_single_numbers():
 
 
 def test_a_state_is_used_once():
-    step = edt.make_train_step(simple, SGD)
+    step = stepper()
     network = small()
     state = edt.init_state(network, SGD)
     kept = jax.tree.map(jnp.copy, state)
@@ -447,7 +453,7 @@ def test_an_average_may_begin_as_the_network_itself():
     """Arrays are values: that two fields of a state are one array is the step's business."""
     state = edt.init_state(small(), SGD)
     state = eqx.tree_at(lambda s: s.ema, state, state.network)
-    step = edt.make_train_step(simple, SGD)
+    step = stepper()
     found, _ = step(state, BATCH, KEY)
     expected, _ = step(edt.init_state(small(), SGD), BATCH, KEY)
     assert difference(found, expected) == 0
@@ -481,7 +487,7 @@ def test_a_parameter_in_two_places_is_refused():
 def test_batches_that_are_none(batch, words):
     state = edt.init_state(small(), SGD)
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        edt.make_train_step(simple, SGD)(state, batch, KEY)
+        stepper()(state, batch, KEY)
     assert all(word in str(error.value) for word in words), error.value
     assert not _gone(state)
 
