@@ -5,6 +5,7 @@ Rates are peaks, which no program reaches. Matrix rates are dense, of bfloat16 w
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def _begins(kind: str, known: str) -> bool:
     return kind == known or (kind.startswith(known) and not kind[len(known)].isalnum())
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
+def peak_flops(device: Any = None) -> float | None:
     """FLOP/s of a device at best, in bfloat16; `None` for one that is not known.
 
     A multiply-add is two FLOPs. For a CPU it is measured: the best rate of float32 products of

@@ -1,6 +1,6 @@
 """Training on many hosts: each runs the same program and holds its share of every batch."""
 
-from collections.abc import Callable, Sequence
+import collections.abc
 from typing import Any
 
 import equinox as eqx
@@ -94,7 +94,7 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+def data_mesh(devices: collections.abc.Sequence[Any] | None = None) -> Mesh | None:
     """Devices in a row, for the axis `"data"`.
 
     **Arguments:**
@@ -112,11 +112,11 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh | None:
 
 
 def over_mesh(
-    function: Callable[..., Any],
+    function: collections.abc.Callable[..., Any],
     mesh: Mesh | None,
     in_specs: tuple[PyTree, ...] | None = None,
     out_specs: PyTree = _SHARED,
-) -> Callable[..., Any]:
+) -> collections.abc.Callable[..., Any]:
     """`function` on every device of a mesh, with its share of a batch: for use in a `jax.jit`.
 
     **Arguments:**

@@ -211,10 +211,11 @@ def test_a_stack_of_ones_own_is_divided_as_the_library_s():
 
 def test_bad_input():
     state = edt.init_state(toy(), SGD)
+    unknown: list[Any] = ["zero2", "tp"]
     with pytest.raises(ValueError, match=r"did you mean 'zero1'\? Choose from replicated, zero1"):
-        edt.make_train_step(loss, SGD, mesh=mesh(2), sharding="zero2")
+        edt.make_train_step(loss, SGD, mesh=mesh(2), sharding=unknown[0])
     with pytest.raises(ValueError, match=r"sharding='tp' is unknown"):
-        edt.shardings(state, mesh(2), "tp")
+        edt.shardings(state, mesh(2), unknown[1])
     with pytest.raises(ValueError, match=r"\('model',\).*'data'"):
         edt.shardings(state, jax.make_mesh((2,), ("model",), (AxisType.Auto,)), "fsdp")
     with pytest.raises(ValueError, match=r"sharding='fsdp' needs a mesh"):

@@ -62,7 +62,7 @@ def toy(width=16, depth=2, remat=None):
     return randomize(Toy(width, depth, remat))
 
 
-def dit(block=edt.AdaLNZeroBlock):
+def dit(block: Any = edt.AdaLNZeroBlock):
     return tiny(hidden_size=8, num_heads=2, block=block)
 
 
