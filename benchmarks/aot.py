@@ -35,6 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import equidit as edt
 from equidit import diffusion as dfn
 from equidit.devices import CHIPS, Chip, chip_of
+from equidit.train import Sharding
 
 from .common import RESULTS, config_names, origin, writable, write
 from .hlo import Collective, Program, total
@@ -54,7 +55,7 @@ class Case:
     topology: str
     config: str
     resolution: int
-    sharding: str
+    sharding: Sharding
     remat: str
     dtype: str
     batch_size: int

@@ -19,10 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import equidit as edt
 from equidit import diffusion as dfn
+from equidit.train import Sharding
 
 from .common import write
 
-SHARDINGS = ("replicated", "zero1", "fsdp")
+SHARDINGS: tuple[Sharding, ...] = ("replicated", "zero1", "fsdp")
 REMAT = ("none", "dots", "full")
 
 
@@ -35,7 +36,9 @@ def placed(shapes: Any, places: Any) -> Any:
     )
 
 
-def memory(config: str, remat: str, mesh: Mesh, sharding: str, batch_size: int) -> dict[str, Any]:
+def memory(
+    config: str, remat: str, mesh: Mesh, sharding: Sharding, batch_size: int
+) -> dict[str, Any]:
     """Bytes a device: of the state, and of all else while a step runs."""
     optimizer = optax.adam(1e-4)
     schedule = dfn.Schedule(dfn.linear_betas())

@@ -105,9 +105,9 @@ MUTATIONS = (
     ),
     Mutation(
         "one key for the whole batch",
-        "make_train_step",
-        "jax.random.fold_in(jax.random.fold_in(key, state.step), i)",
-        "jax.random.fold_in(key, state.step)",
+        "_example_keys",
+        "jax.random.fold_in(jax.random.fold_in(key, step), i)",
+        "jax.random.fold_in(key, step)",
         "test_train.py::test_every_example_and_step_has_its_own_randomness",
     ),
     Mutation(

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AxisType
 
 import equidit as edt
+from equidit.train import Sharding
 
 from .common import RESULTS, config_names, interleaved, machine, median, writable, write
 from .report import Report, number, write_report
@@ -27,7 +28,7 @@ def counts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
-def call_of(name: str, devices: int, batch_size: int, sharding: str, dtype: str) -> Any:
+def call_of(name: str, devices: int, batch_size: int, sharding: Sharding, dtype: str) -> Any:
     """A call that makes one more training step on that many devices."""
     places = jax.local_devices()[:devices]
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=places)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 _GIB = 2**30
+_GB = 10**9
 _CLOUD = "https://docs.cloud.google.com/tpu/docs"
-_NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _NORRIE = "Norrie et al., The Design Process for Google's Training Chips, IEEE Micro 41(2), 2021"
 
 
@@ -42,70 +42,47 @@ class Chip:
     source: str
 
 
-# A pod's "all-reduce bandwidth" in Google's tables is that of all links of all chips in one
-# direction: links are that, over the chips and a chip's links.
+def _gpu(
+    name: str, kinds: str, tera: int, memory: int, bandwidth: int, link: int, page: str
+) -> Chip:
+    source = f"https://www.nvidia.com/en-us/data-center/{page}"
+    rates = bandwidth * 1e9, link * 1e9
+    return Chip(name, tuple(kinds.split(", ")), 1, tera * 1e12, memory * _GB, *rates, 1, source)
+
+
+def _tpu(
+    name: str,
+    kinds: str,
+    devices: int,
+    tera: int,
+    memory: int,
+    bandwidth: int,
+    link: int,
+    links: int,
+    source: str,
+) -> Chip:
+    kind, rates = tuple(kinds.split(", ")), (bandwidth * 1e9, link * 1e9)
+    return Chip(name, kind, devices, tera * 1e12, memory, *rates, links, source)
+
+
+# In TFLOP/s and GB/s. A pod's "all-reduce bandwidth" in Google's tables is that of all links of all
+# chips in one direction: links are that, over the chips and a chip's links.
 CHIPS = (
-    Chip("TPU v2", ("TPU v2",), 2, 46e12, 16 * _GIB, 700e9, 62e9, 4, _NORRIE),
-    Chip("TPU v3", ("TPU v3",), 2, 123e12, 32 * _GIB, 900e9, 82e9, 4, f"{_CLOUD}/v3; {_NORRIE}"),
-    Chip("TPU v4", ("TPU v4",), 1, 275e12, 32 * _GIB, 1200e9, 45e9, 6, f"{_CLOUD}/v4"),
-    Chip(
-        "TPU v5e",
-        ("TPU v5 lite", "TPU v5e"),
-        1,
-        197e12,
-        16 * 10**9,
-        819e9,
-        50e9,
-        4,
-        f"{_CLOUD}/v5e",
-    ),
-    Chip(
-        "TPU v5p", ("TPU v5p", "TPU v5"), 1, 459e12, 95 * 10**9, 2765e9, 100e9, 6, f"{_CLOUD}/v5p"
-    ),
-    Chip(
-        "TPU v6e",
-        ("TPU v6 lite", "TPU v6e"),
-        1,
-        918e12,
-        32 * 10**9,
-        1638e9,
-        100e9,
-        4,
-        f"{_CLOUD}/v6e",
-    ),
-    Chip(
-        "TPU7x",
-        ("TPU7x", "TPU v7x", "TPU v7"),
-        2,
-        2307e12,
-        192 * _GIB,
-        7380e9,
-        100e9,
-        6,
-        f"{_CLOUD}/tpu7x",
-    ),
-    Chip(
-        "A100 40GB",
-        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-        1,
-        312e12,
-        40 * 10**9,
-        1555e9,
-        300e9,
-        1,
-        f"{_NVIDIA}/a100",
-    ),
-    Chip("A100 80GB", ("NVIDIA A100",), 1, 312e12, 80 * 10**9, 2039e9, 300e9, 1, f"{_NVIDIA}/a100"),
-    Chip(
-        "H100 PCIe", ("NVIDIA H100 PCIe",), 1, 756e12, 80 * 10**9, 2000e9, 0.0, 1, f"{_NVIDIA}/h100"
-    ),
-    Chip("H100 SXM", ("NVIDIA H100",), 1, 989e12, 80 * 10**9, 3350e9, 450e9, 1, f"{_NVIDIA}/h100"),
-    Chip("H200", ("NVIDIA H200",), 1, 989e12, 141 * 10**9, 4800e9, 450e9, 1, f"{_NVIDIA}/h200"),
-    Chip(
-        "B200", ("NVIDIA B200",), 1, 2250e12, 180 * 10**9, 8000e9, 900e9, 1, f"{_NVIDIA}/dgx-b200"
-    ),
-    Chip("L4", ("NVIDIA L4",), 1, 121e12, 24 * 10**9, 300e9, 0.0, 1, f"{_NVIDIA}/l4"),
-    Chip("L40S", ("NVIDIA L40S",), 1, 362e12, 48 * 10**9, 864e9, 0.0, 1, f"{_NVIDIA}/l40s"),
+    _tpu("TPU v2", "TPU v2", 2, 46, 16 * _GIB, 700, 62, 4, _NORRIE),
+    _tpu("TPU v3", "TPU v3", 2, 123, 32 * _GIB, 900, 82, 4, f"{_CLOUD}/v3; {_NORRIE}"),
+    _tpu("TPU v4", "TPU v4", 1, 275, 32 * _GIB, 1200, 45, 6, f"{_CLOUD}/v4"),
+    _tpu("TPU v5e", "TPU v5 lite, TPU v5e", 1, 197, 16 * _GB, 819, 50, 4, f"{_CLOUD}/v5e"),
+    _tpu("TPU v5p", "TPU v5p, TPU v5", 1, 459, 95 * _GB, 2765, 100, 6, f"{_CLOUD}/v5p"),
+    _tpu("TPU v6e", "TPU v6 lite, TPU v6e", 1, 918, 32 * _GB, 1638, 100, 4, f"{_CLOUD}/v6e"),
+    _tpu("TPU7x", "TPU7x, TPU v7x, TPU v7", 2, 2307, 192 * _GIB, 7380, 100, 6, f"{_CLOUD}/tpu7x"),
+    _gpu("A100 40GB", "NVIDIA A100-SXM4-40GB, NVIDIA A100-PCIE-40GB", 312, 40, 1555, 300, "a100"),
+    _gpu("A100 80GB", "NVIDIA A100", 312, 80, 2039, 300, "a100"),
+    _gpu("H100 PCIe", "NVIDIA H100 PCIe", 756, 80, 2000, 0, "h100"),
+    _gpu("H100 SXM", "NVIDIA H100", 989, 80, 3350, 450, "h100"),
+    _gpu("H200", "NVIDIA H200", 989, 141, 4800, 450, "h200"),
+    _gpu("B200", "NVIDIA B200", 2250, 180, 8000, 900, "dgx-b200"),
+    _gpu("L4", "NVIDIA L4", 121, 24, 300, 0, "l4"),
+    _gpu("L40S", "NVIDIA L40S", 362, 48, 864, 0, "l40s"),
 )
 """The chips that are known: TPUs v2 to TPU7x, and NVIDIA's A100 to B200, L4 and L40S."""
 

@@ -1,12 +1,17 @@
 """Training on many hosts: each runs the same program and holds its share of every batch."""
 
+import collections.abc
+from typing import Any
+
 import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ._base.common import check_positive
-from ._base.parts import DATA
+from ._base.parts import DATA as DATA
+
+_EVERYWHERE, _SHARED = PartitionSpec(), PartitionSpec(DATA)
 
 
 def initialize(
@@ -85,19 +90,62 @@ def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
                 f"a share of {size} examples does not divide over this process's {mine} devices: "
                 f"take a multiple of {unit} such as {fit} or {fit + unit}"
             )
-    sharding = NamedSharding(mesh, PartitionSpec(DATA))
+    sharding = NamedSharding(mesh, _SHARED)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def data_mesh() -> Mesh | None:
-    """All devices of all hosts in a row, for the axis `"data"`.
+def data_mesh(devices: collections.abc.Sequence[Any] | None = None) -> Mesh | None:
+    """Devices in a row, for the axis `"data"`.
+
+    **Arguments:**
+
+    - `devices`: e.g. `jax.local_devices()`; `None` is all of all hosts, in JAX's best order.
 
     **Returns:**
 
-    A mesh of one axis, with automatic sharding; `None` where there is one device.
+    A mesh of one axis, with automatic sharding; `None` for one device.
     """
-    count = jax.device_count()
-    return jax.make_mesh((count,), (DATA,), (jax.sharding.AxisType.Auto,)) if count > 1 else None
+    count = jax.device_count() if devices is None else len(devices)
+    if count == 1:
+        return None
+    return jax.make_mesh((count,), (DATA,), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def over_mesh(
+    function: collections.abc.Callable[..., Any],
+    mesh: Mesh | None,
+    in_specs: tuple[PyTree, ...] | None = None,
+    out_specs: PyTree = _SHARED,
+) -> collections.abc.Callable[..., Any]:
+    """`function` on every device of a mesh, with its share of a batch: for use in a `jax.jit`.
+
+    **Arguments:**
+
+    - `function`: called by position, with arrays and anything else; returns arrays.
+    - `mesh`: devices with an axis called `"data"`; `None` is one device, and `function` as it is.
+    - `in_specs`: for each argument a `PartitionSpec`, or a tree of them for its arrays. By default
+        every device has all of the first argument, e.g. a network, and its share of the others
+        along their first axes.
+    - `out_specs`: the same for the result; by default its first axis is the batch's.
+
+    **Returns:**
+
+    A function of the whole arrays, which returns whole arrays.
+    """
+    if mesh is None:
+        return function
+
+    def run(*args: Any) -> Any:
+        arrays, rest = eqx.partition(args, eqx.is_array)
+        usual = (_EVERYWHERE, *[_SHARED] * (len(args) - 1))
+        return jax.shard_map(
+            lambda *arrays: function(*eqx.combine(arrays, rest)),
+            mesh=mesh,
+            in_specs=usual if in_specs is None else in_specs,
+            out_specs=out_specs,
+        )(*arrays)
+
+    return run
 
 
 def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -114,6 +162,6 @@ def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """
     if mesh is None:
         return tree
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, _EVERYWHERE)
     tree = eqx.filter_jit(lambda t: eqx.filter_shard(t, everywhere))(tree)
     return jax.tree.map(lambda a: a.addressable_data(0) if eqx.is_array(a) else a, tree)

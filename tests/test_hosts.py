@@ -2,11 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import hosts_worker
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import free_port
+from helpers import free_port, images, tree_allclose
 from jax.sharding import AxisType
 
 import equidit as edt
@@ -55,6 +57,39 @@ def test_one_process_is_the_main_one():
     batch = edt.hosts.global_batch((np.arange(16), np.ones((16, 2))), MESH)
     assert batch[0].sharding.spec == jax.P("data")
     assert (np.asarray(batch[0]) == np.arange(16)).all()
+
+
+def test_a_function_over_a_mesh_is_the_function():
+    """Its first argument may hold anything, and is on all devices; the others are divided."""
+    tree = {"linear": edt.Linear(4, 3, key=jax.random.key(0)), "name": "linear"}
+    many = jax.vmap(lambda tree, x, scale: scale * tree["linear"](x), (None, 0, 0))
+    x, scale = images(8, (2, 4)), jnp.arange(8.0)
+    found = eqx.filter_jit(edt.hosts.over_mesh(many, MESH))(tree, x, scale)
+    assert found.sharding.spec == jax.P(edt.hosts.DATA)
+    assert tree_allclose(many(tree, x, scale), found, 1e-6)
+    assert edt.hosts.over_mesh(many, None) is many
+
+
+def test_specs_say_what_is_divided():
+    def weighed(scale, x):
+        return scale * x, jax.lax.psum(x.sum(), edt.hosts.DATA)
+
+    shared, everywhere = jax.P(edt.hosts.DATA), jax.P()
+    over = edt.hosts.over_mesh(weighed, MESH, (shared, shared), (shared, everywhere))
+    x = jnp.arange(8.0)
+    found, total = jax.jit(over)(x + 1, x)
+    assert (found == x * (x + 1)).all()
+    assert total == x.sum()
+
+
+def test_a_mesh_of_some_devices():
+    devices = jax.devices()[2:4]
+    mesh = edt.hosts.data_mesh(devices)
+    assert mesh is not None
+    assert list(mesh.devices) == devices
+    assert mesh.shape == {edt.hosts.DATA: 2}
+    assert edt.hosts.data_mesh(devices[:1]) is None
+    assert edt.hosts.data_mesh() == MESH
 
 
 def test_bad_input():

@@ -20,6 +20,7 @@ from jaxtyping import Array, DTypeLike
 from .common import upcast
 
 DATA = "data"
+"""The axis of a mesh along which devices share a batch, and what is divided of a state."""
 Tree = TypeVar("Tree")
 
 
@@ -85,12 +86,30 @@ _whole.defvjp(_forward, _backward)
 
 
 def scans(node: Any) -> bool:
-    """Whether `node` is a module that calls `whole` itself, on one layer at a time in a scan."""
+    """Whether `node` is a module that calls `whole` itself, on one layer at a time in a scan.
+
+    It says so by a class attribute, `scans_layers`: see [`equidit.train.whole`][].
+    """
     return getattr(type(node), "scans_layers", False)
 
 
 def whole(tree: Tree) -> Tree:
-    """`tree` with whole arrays for its parts, but for those inside modules that scan layers."""
+    """A network, or a layer of it, whose divided arrays are put together from all devices.
+
+    With `sharding="fsdp"` the training step calls it on the network. Only where a module's class
+    says `scans_layers = True`, as that of [`equidit.Stack`][] does, it leaves the arrays apart.
+    Each of them has a first axis of layers, which is never divided, and the module calls this
+    function on one layer at a time, inside of its scan and of the `jax.checkpoint` of the scan's
+    body. So no device ever holds more than one layer.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+
+    **Returns:**
+
+    The same tree, where nothing is divided.
+    """
     return jax.tree.map(
         lambda node: node.whole() if isinstance(node, Part) else node,
         tree,

@@ -1,5 +1,6 @@
 """A small training step, and the state that it carries."""
 
+from .._base.parts import whole as whole
 from .ema import (
     Decay as Decay,
     ema_update as ema_update,
@@ -8,11 +9,14 @@ from .ema import (
     reconstruct_ema as reconstruct_ema,
     std_to_gamma as std_to_gamma,
 )
-from .sharding import shardings as shardings
-from .step import (
+from .sharding import (
+    Sharding as Sharding,
+    shardings as shardings,
+)
+from .state import (
     TrainState as TrainState,
     cast as cast,
     init_sharded as init_sharded,
     init_state as init_state,
-    make_train_step as make_train_step,
 )
+from .step import make_train_step as make_train_step

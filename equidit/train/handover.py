@@ -167,21 +167,6 @@ def usable(state: Any) -> Any:
     return state if len(set(map(id, arrays))) == len(arrays) else unshared(state)
 
 
-def check_held(held: PyTree, state: PyTree) -> None:
-    """`ValueError` for arrays of the loss that are gone, or that go with `state`."""
-    # At every step, as above; most losses hold nothing.
-    arrays = [leaf for leaf in jax.tree.leaves(held) if not isinstance(leaf, Tracer)]
-    if not arrays:
-        return
-    if any(leaf.is_deleted() for leaf in arrays):
-        check_alive(held, "the loss")
-    if not {*map(id, arrays)}.isdisjoint(map(id, jax.tree.leaves(state))):
-        raise ValueError(
-            "the loss and the state hold the same array, and a training step donates the state "
-            "that it is given: give the loss a copy, jax.tree.map(jnp.copy, network)"
-        )
-
-
 def _is_gone(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
 

@@ -1,7 +1,7 @@
 """How a training state is laid out over devices, and the gradient over all of them."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -11,19 +11,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, PyTree
 
 from .._base.common import upcast
-from .._base.parts import DATA, Part, gather, scans, sum_all, sum_scatter, whole
-from .._base.texts import check_choice
+from .._base.parts import Part, gather, scans, sum_all, sum_scatter, whole
+from ..hosts import DATA, over_mesh
 
 Sharding = Literal["replicated", "zero1", "fsdp"]
+"""How devices hold a training state: see [`equidit.shardings`][]."""
+Gradient = Callable[..., tuple[PyTree, PyTree]]
+"""`gradient(params, fixed, batch, layout=None)`: what the examples gave, and the gradient."""
 # What of the state each mode divides among the devices; the rest is on all of them.
-_DIVIDED: dict[str, tuple[str, ...]] = {
+_DIVIDED: dict[Sharding, tuple[str, ...]] = {
     "replicated": (),
     "zero1": ("ema", "opt_state"),
     "fsdp": ("network", "ema", "opt_state"),
 }
 
 
-def shardings(state: PyTree, mesh: Mesh, sharding: str = "replicated") -> PyTree:
+def shardings(state: PyTree, mesh: Mesh, sharding: Sharding = "replicated") -> PyTree:
     """Where each array of a [`equidit.TrainState`][] lives.
 
     **Arguments:**
@@ -50,25 +53,23 @@ def shardings(state: PyTree, mesh: Mesh, sharding: str = "replicated") -> PyTree
 
         [Rajbhandari et al. 2019](https://arxiv.org/abs/1910.02054), stages 1 and 3.
     """
-    check_sharding(mesh, sharding)
-    arrays = eqx.filter(state, _is_array)
-    divided = _DIVIDED[sharding]
-    fields = [
-        specs(getattr(arrays, name), mesh, divide=name in divided)
-        for name in ("step", "network", "ema", "opt_state")
-    ]
-    leaves = [NamedSharding(mesh, spec) for spec in jax.tree.leaves(fields)]
-    return jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+    check_mesh(mesh)
+    layout = specs(eqx.filter(state, _is_array), mesh, divide=True)
+
+    def place(path: tuple[Any, ...], spec: PartitionSpec) -> NamedSharding:
+        divided = path[0].name in _DIVIDED[sharding]
+        return NamedSharding(mesh, spec if divided else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, layout)
 
 
-def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
-    """`tree`'s arrays, whole on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def replicated(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """`tree`'s arrays, whole on every device of the mesh; without one, as they are."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def check_sharding(mesh: Mesh, sharding: str) -> None:
-    """`ValueError` for a mode or a mesh that the training step cannot work with."""
-    check_choice("sharding", sharding, get_args(Sharding))
+def check_mesh(mesh: Mesh) -> None:
+    """`ValueError` for a mesh that the training step cannot work with."""
     if DATA not in mesh.axis_names:
         raise ValueError(f"mesh has the axes {mesh.axis_names}: one must be called 'data'")
     if mesh.axis_types[mesh.axis_names.index(DATA)] is not AxisType.Auto:
@@ -122,40 +123,32 @@ def assemble(
     return whole(jax.tree.map(leaf, params, static, layout, is_leaf=lambda node: node is None))
 
 
-def over_devices(
-    gradient: Callable[..., Any], mesh: Mesh, sharding: str, *, ordered: bool
-) -> Callable[..., Any]:
-    """The gradient of the mean loss over a batch that the devices share.
+def over_devices(gradient: Gradient, mesh: Mesh, sharding: Sharding, *, ordered: bool) -> Gradient:
+    """The gradient of the mean loss over a batch that the devices share, in whole arrays.
 
     **Arguments:**
 
-    - `gradient`: called on each device as `gradient(params, static, batch, layout)` with its share
-        of the batch, returns what its examples gave and its gradient of their mean loss.
+    - `gradient`: called on each device with its share of the batch, returns what its examples gave
+        and its gradient of their mean loss.
     - `ordered`: whether to sum in the order of the mesh.
-
-    **Returns:**
-
-    A function `(params, static, batch) -> (results, grads)` of whole arrays.
     """
     count = mesh.shape[DATA]
-    everywhere, shared = PartitionSpec(), PartitionSpec(DATA)
 
-    def run(params: PyTree, static: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        arrays, rest = eqx.partition(static, eqx.is_array)
+    def mean(grad: Array, own: PartitionSpec, result: PartitionSpec) -> Array:
+        if _axis(own) is not None:  # a part's gradient is summed already
+            return grad / count
+        axis = _axis(result)
+        if axis is None:
+            total = sum_all(grad, ordered=ordered)
+        else:
+            total = sum_scatter(grad, axis, ordered=ordered)
+        return total.astype(grad.dtype) / count
+
+    def averaged(params: PyTree, fixed: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         own = specs(params, mesh, divide="network" in _DIVIDED[sharding])
         result = specs(params, mesh, divide="opt_state" in _DIVIDED[sharding])
 
-        def mean(grad: Array, own: PartitionSpec, result: PartitionSpec) -> Array:
-            if _axis(own) is not None:  # a part's gradient is summed already
-                return grad / count
-            axis = _axis(result)
-            if axis is None:
-                total = sum_all(grad, ordered=ordered)
-            else:
-                total = sum_scatter(grad, axis, ordered=ordered)
-            return total.astype(grad.dtype) / count
-
-        def on_device(params: PyTree, arrays: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        def on_device(params: PyTree, fixed: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
             # With device-varying parameters the gradient is this device's own, and is averaged
             # once, below. Left replicated, it would be summed behind our back.
             varying = jax.tree.map(
@@ -163,17 +156,14 @@ def over_devices(
                 params,
                 own,
             )
-            results, grads = gradient(varying, eqx.combine(arrays, rest), batch, own)
+            results, grads = gradient(varying, fixed, batch, own)
             return jax.tree.map(gather, results), jax.tree.map(mean, grads, own, result)
 
-        return jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(own, everywhere, shared),
-            out_specs=(everywhere, result),
-        )(params, arrays, batch)
+        specs_in = (own, PartitionSpec(), PartitionSpec(DATA))
+        run = over_mesh(on_device, mesh, specs_in, (PartitionSpec(), result))
+        return run(params, fixed, batch)
 
-    return run
+    return averaged
 
 
 def global_norm(tree: PyTree, mesh: Mesh | None, *, divided: bool) -> Array:
@@ -194,11 +184,16 @@ def global_norm(tree: PyTree, mesh: Mesh | None, *, divided: bool) -> Array:
             total += gather(jnp.stack(parts).sum(keepdims=True)).sum()
         return jnp.sqrt(total)
 
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(layout,), out_specs=PartitionSpec())(tree)
+    return over_mesh(on_device, mesh, (layout,), PartitionSpec())(tree)
+
+
+def is_shape(leaf: Any) -> bool:
+    """Whether a leaf is what `eqx.filter_eval_shape` makes of an array."""
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _is_array(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return eqx.is_array(leaf) or is_shape(leaf)
 
 
 def _axis(spec: PartitionSpec) -> int | None:

@@ -1,156 +1,43 @@
 """A small training step: the same function on one device and on a mesh of many."""
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, DTypeLike, Int, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from .._base.arguments import accepting
 from .._base.common import check_positive, check_share
+from ..hosts import DATA
 from ..seams import Loss, Number, Optimizer, PRNGKey
 from .ema import Decay, ema_update
 from .handover import (
     Metrics,
-    buffer,
     check_averages,
     check_batch,
     check_dtype,
-    check_held,
-    check_network,
     reported,
-    unshared,
     updates_of,
     usable,
 )
+from .held import check_held, held_by
 from .sharding import (
+    Gradient,
+    Sharding,
     assemble,
-    check_sharding,
+    check_mesh,
     global_norm,
     over_devices,
     replicated,
     shardings,
 )
+from .state import TrainState
 
-Tree = TypeVar("Tree")
-
-
-class TrainState(eqx.Module):
-    """All that a training run carries from step to step, and all that a checkpoint holds.
-
-    **Fields:**
-
-    - `step`: number of updates made.
-    - `network`: the weights being trained.
-    - `ema`: their exponential moving average: what to sample from. With several decays a
-        dictionary of averages, one a name.
-    - `opt_state`: the optimizer's.
-    """
-
-    step: Int[Array, ""]
-    network: PyTree
-    ema: PyTree
-    opt_state: PyTree
-
-
-def init_state(
-    network: PyTree,
-    optimizer: Optimizer,
-    *,
-    ema_names: Iterable[str] | None = None,
-) -> TrainState:
-    """The state at step 0, its EMA a copy of the network.
-
-    The state takes over `network`'s arrays: the first training step donates them, after which only
-    the state that it returns is alive. To use `network` beside it, pass a copy,
-    `jax.tree.map(jnp.copy, network)`.
-
-    **Arguments:**
-
-    - `network`: what is to be trained, any Module: its floating-point arrays are the parameters.
-    - `optimizer`: optax's, or any [`equidit.Optimizer`][].
-    - `ema_names`: of several averages, e.g. the dictionary that `make_train_step` is given as
-        `ema_decay`; each begins as a copy. `None` is one average.
-
-    **Returns:**
-
-    The state, for [`equidit.make_train_step`][].
-
-    **Raises:**
-
-    `ValueError` for a network that a training step has donated, for one that holds the same array
-    in two places, and for one without floating-point arrays.
-    """
-    check_network(network)
-    # NumPy's arrays are parameters too, and buffers of a device are what a step donates.
-    network = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, network)
-
-    def copy() -> PyTree:
-        return jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, network)
-
-    ema = copy() if ema_names is None else {name: copy() for name in ema_names}
-    opt_state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
-    # Some optimizers remember the parameters that they began with: the network's own arrays.
-    network, opt_state = unshared((network, opt_state), key=buffer)
-    return TrainState(jnp.zeros((), jnp.int32), network, ema, opt_state)
-
-
-def init_sharded(
-    make_network: Callable[[], PyTree],
-    optimizer: Optimizer,
-    mesh: Mesh,
-    sharding: str,
-    *,
-    ema_names: Iterable[str] | None = None,
-) -> TrainState:
-    """[`equidit.init_state`][] of a network that no device ever holds the whole of.
-
-    **Arguments:**
-
-    - `make_network`: e.g. `lambda: edt.build("DiT-XL/2", key=key)`. It is compiled, and the
-        weights are those of a call outside, to float32 rounding.
-    - `optimizer`, `ema_names`: as for [`equidit.init_state`][].
-    - `mesh`, `sharding`: as in [`equidit.make_train_step`][].
-
-    **Returns:**
-
-    The state, laid out over the mesh as [`equidit.shardings`][] says.
-    """
-    names = None if ema_names is None else tuple(ema_names)
-
-    def make() -> TrainState:
-        return init_state(make_network(), optimizer, ema_names=names)
-
-    shapes = eqx.filter_eval_shape(make)
-    layout = shardings(shapes, mesh, sharding)
-    arrays = jax.jit(lambda: eqx.filter(make(), eqx.is_array), out_shardings=layout)()
-    return eqx.combine(arrays, eqx.filter(shapes, _is_shape, inverse=True))
-
-
-def cast(tree: Tree, dtype: DTypeLike) -> Tree:
-    """`tree` with its floating-point arrays in `dtype`; all else is left alone.
-
-    **Arguments:**
-
-    - `tree`: a network, or any pytree.
-    - `dtype`: e.g. `jnp.bfloat16`, or its name; `ValueError` for one that is no floating-point
-        dtype.
-
-    **Returns:**
-
-    A tree of the same structure.
-    """
-    check_dtype(dtype)
-    return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
-    )
+Decays = Decay | Mapping[str, Decay]
 
 
 def make_train_step(
@@ -160,7 +47,7 @@ def make_train_step(
     ema_decay: Decay | Mapping[str, Decay] = 0.9999,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    sharding: str = "replicated",
+    sharding: Sharding = "replicated",
     accumulate: int = 1,
     max_grad_norm: Number | None = None,
     ordered_sums: bool | None = None,
@@ -219,102 +106,68 @@ def make_train_step(
     check_positive(accumulate=accumulate)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0, or None")
+    if dtype is not None:
+        check_dtype(dtype)
+    _check_decays(ema_decay)
+    held, rest_of_loss = held_by(loss)
     if mesh is not None:
-        check_sharding(mesh, sharding)
+        check_mesh(mesh)
+        check_held(held, ())
+        held = replicated(held, mesh)
     elif sharding != "replicated":
         raise ValueError(
             f"sharding={sharding!r} needs a mesh of the devices that share the state: without one, "
             "a single device holds all of it, which is sharding='replicated'"
         )
-    if dtype is not None:
-        check_dtype(dtype)
-    decays = ema_decay if isinstance(ema_decay, Mapping) else {"": ema_decay}
-    for name, decay in decays.items():
-        check_share(**{f"ema_decay[{name!r}]" if name else "ema_decay": decay})
-    devices = 1 if mesh is None else mesh.shape["data"]
+    devices = 1 if mesh is None else mesh.shape[DATA]
     ordered = ordered_sums
     if ordered is None:
         ordered = mesh is not None and mesh.devices.flat[0].platform == "cpu"
-    held, rest_of_loss = eqx.partition(_opened(loss), _is_held)
-    if mesh is not None:
-        check_held(held, ())
-        held = replicated(held, mesh)
 
     def mean_loss(
-        params: PyTree, fixed: PyTree, layout: PyTree | None, batch: PyTree, keys: Array
+        params: PyTree, fixed: PyTree, batch: PyTree, layout: PyTree | None
     ) -> tuple[Array, PyTree]:
-        static, held = fixed
+        """Of the examples that one device has at a time, and what each of them gave."""
+        (static, held), (examples, keys) = fixed, batch
         network = assemble(params, static, layout, dtype, ordered=ordered)
         loss = eqx.combine(held, rest_of_loss)
         one = lambda example, key: reported(loss(network, example, key))  # noqa: E731
-        losses, numbers = jax.vmap(one)(batch, keys)
+        losses, numbers = jax.vmap(one)(examples, keys)
         return losses.mean(), (losses, numbers)
 
-    def gradient(
-        params: PyTree, fixed: PyTree, batch_and_keys: PyTree, layout: PyTree | None = None
-    ) -> tuple[PyTree, PyTree]:
-        """What one device's examples gave, and the gradient of their mean loss."""
-
-        def micro(part: PyTree) -> tuple[PyTree, PyTree]:
-            grad = jax.value_and_grad(mean_loss, has_aux=True)
-            (_, results), grads = grad(params, fixed, layout, *part)
-            return results, grads
-
-        if accumulate == 1:
-            return micro(batch_and_keys)
-        split = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch_and_keys)
-        first, rest = (jax.tree.map(lambda a, s=s: a[s], split) for s in (0, slice(1, None)))
-
-        def add(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
-            results, grads = micro(part)
-            return jax.tree.map(jnp.add, total, grads), results
-
-        results, grads = micro(first)
-        grads, more = jax.lax.scan(add, grads, rest)
-        grads = jax.tree.map(lambda grad: grad / accumulate, grads)
-        join = lambda a, rest: jnp.concatenate([a, rest.ravel()])  # noqa: E731
-        return jax.tree.map(join, results, more), grads
-
-    whole_gradient = (
-        gradient if mesh is None else over_devices(gradient, mesh, sharding, ordered=ordered)
-    )
+    gradient = _accumulated(mean_loss, accumulate)
+    if mesh is not None:
+        gradient = over_devices(gradient, mesh, sharding, ordered=ordered)
 
     # From here on all is written for whole arrays; XLA divides the work as the state is laid out.
     def update(
         state: TrainState, held: PyTree, batch: PyTree, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         params, static = eqx.partition(state.network, eqx.is_inexact_array)
-        index = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(index)
-        (losses, numbers), grads = whole_gradient(params, (static, held), (batch, keys))
-        metrics = Metrics(
-            loss=losses.mean(),
-            losses=losses,
-            grad_norm=global_norm(grads, mesh, divided=sharding != "replicated"),
-            param_norm=global_norm(params, mesh, divided=sharding == "fsdp"),
-        )
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        metrics["skipped"] = ~finite
-        metrics |= {name: values.mean() for name, values in numbers.items()}
-        if max_grad_norm is not None:
-            scale = jnp.minimum(1.0, max_grad_norm / metrics["grad_norm"])
-            grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+        keys = _example_keys(key, state.step, jax.tree.leaves(batch)[0].shape[0])
+        (losses, numbers), grads = gradient(params, (static, held), (batch, keys))
+        loss = losses.mean()
+        grad_norm = global_norm(grads, mesh, divided=sharding != "replicated")
+        param_norm = global_norm(params, mesh, divided=sharding == "fsdp")
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = updates_of(optimizer, grads, state.opt_state, params, metrics["loss"])
+        if max_grad_norm is not None:
+            grads = _scaled(grads, jnp.minimum(1.0, max_grad_norm / grad_norm))
+        updates, opt_state = updates_of(optimizer, grads, state.opt_state, params, loss)
         network = eqx.combine(optax.apply_updates(params, updates), static)
-        ema = _ema(state, network, ema_decay)
-        new = TrainState(state.step, network, ema, opt_state)
-        new = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b) if eqx.is_array(a) else a, new, state
-        )
-        return eqx.tree_at(lambda s: s.step, new, state.step + 1), metrics
+        new = TrainState(state.step, network, _averages(state, network, ema_decay), opt_state)
+        new = eqx.tree_at(lambda s: s.step, _chosen(finite, new, state), state.step + 1)
+
+        metrics = Metrics(loss=loss, losses=losses, grad_norm=grad_norm, param_norm=param_norm)
+        metrics |= {"skipped": ~finite} | {name: each.mean() for name, each in numbers.items()}
+        return new, metrics
 
     @eqx.filter_jit(donate="all-except-first")
     def run(kept: PyTree, state: TrainState) -> tuple[TrainState, Metrics]:
         new, metrics = update(state, *kept)
-        if mesh is None:
-            return new, metrics
-        return _placed(jax.lax.with_sharding_constraint, new, mesh, sharding), metrics
+        if mesh is not None:
+            new = _placed(jax.lax.with_sharding_constraint, new, mesh, sharding)
+        return new, metrics
 
     def step(state: TrainState, batch: PyTree, key: PRNGKey) -> tuple[TrainState, Metrics]:
         check_batch(batch, devices, accumulate)
@@ -334,49 +187,71 @@ def make_train_step(
     return accepting(step)
 
 
-class _Bound(eqx.Module):
-    """A bound method or a `functools.partial` as a tree: JAX sees what is bound."""
-
-    function: Any
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.function(*self.args, *args, **(self.keywords | keywords))
+def _check_decays(ema_decay: Decays) -> None:
+    if isinstance(ema_decay, Mapping):
+        check_share(**{f"ema_decay[{name!r}]": decay for name, decay in ema_decay.items()})
+    else:
+        check_share(ema_decay=ema_decay)
 
 
-def _opened(tree: Any) -> Any:
-    """`tree` with each bound method and `functools.partial` a tree itself."""
-    is_bound = lambda node: inspect.ismethod(node) or isinstance(node, partial)  # noqa: E731
+def _accumulated(mean_loss: Callable[..., tuple[Array, PyTree]], count: int) -> Gradient:
+    """The gradient of `mean_loss`, which takes the batch in `count` parts, one after the other."""
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
 
-    def opened(node: Any) -> Any:
-        if inspect.ismethod(node):
-            return _Bound(node.__func__, (_opened(node.__self__),), {})
-        if isinstance(node, partial):
-            return _Bound(*map(_opened, (node.func, node.args, node.keywords)))
-        return node
+    def gradient(
+        params: PyTree, fixed: PyTree, batch: PyTree, layout: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        def of(part: PyTree) -> tuple[PyTree, PyTree]:
+            (_, results), grads = value_and_grad(params, fixed, part, layout)
+            return results, grads
 
-    return jax.tree.map(opened, tree, is_leaf=is_bound)
+        if count == 1:
+            return of(batch)
+        parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
+        first, rest = (jax.tree.map(lambda a, s=s: a[s], parts) for s in (0, slice(1, None)))
+
+        def add(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+            results, grads = of(part)
+            return jax.tree.map(jnp.add, total, grads), results
+
+        results, grads = of(first)
+        grads, more = jax.lax.scan(add, grads, rest)
+        join = lambda a, rest: jnp.concatenate([a, rest.ravel()])  # noqa: E731
+        return jax.tree.map(join, results, more), jax.tree.map(lambda g: g / count, grads)
+
+    return gradient
 
 
-def _placed(place: Callable[..., Any], state: TrainState, mesh: Mesh, sharding: str) -> TrainState:
-    arrays, static = eqx.partition(state, eqx.is_array)
-    return eqx.combine(place(arrays, shardings(arrays, mesh, sharding)), static)
+def _example_keys(key: PRNGKey, step: Array, count: int) -> Array:
+    """Of each example its own, by the step and its place in the global batch."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, step), i))(
+        jnp.arange(count)
+    )
 
 
-def _ema(state: TrainState, network: PyTree, decay: Decay | Mapping[str, Decay]) -> PyTree:
-    def update(ema: PyTree, decay: Decay) -> PyTree:
+def _scaled(grads: PyTree, scale: Float[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+
+
+def _averages(state: TrainState, network: PyTree, decay: Decays) -> PyTree:
+    """The state's average, or its averages by name, after one more update."""
+
+    def after(ema: PyTree, decay: Decay) -> PyTree:
         return ema_update(ema, network, decay(state.step) if callable(decay) else decay)
 
     if isinstance(decay, Mapping):
-        return {name: update(state.ema[name], one) for name, one in decay.items()}
-    return update(state.ema, decay)
+        return {name: after(state.ema[name], one) for name, one in decay.items()}
+    return after(state.ema, decay)
 
 
-def _is_held(leaf: Any) -> bool:
-    """Whether a leaf of the loss is worth an argument: one number is as good as a Python one."""
-    return isinstance(leaf, jax.Array) and leaf.ndim > 0
+def _chosen(condition: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """The arrays of the one state or of the other, bit for bit."""
+    choose = lambda a, b: jnp.where(condition, a, b) if eqx.is_array(a) else a  # noqa: E731
+    return jax.tree.map(choose, new, old)
 
 
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
+def _placed(
+    place: Callable[..., Any], state: TrainState, mesh: Mesh, sharding: Sharding
+) -> TrainState:
+    arrays, static = eqx.partition(state, eqx.is_array)
+    return eqx.combine(place(arrays, shardings(arrays, mesh, sharding)), static)
