@@ -69,6 +69,23 @@ def test_docstrings_tell_arguments_and_results(name):
         assert re.search(r"(?i)\*\*Returns|result|returns", text), "what it returns"
 
 
+def _rooms(page):
+    """The rooms of what a page of the API documents: a page's own, but for aliases of types."""
+    names = re.findall(r"(?m)^::: (\S+)", (DOCS / page).read_text())
+    modules = [f"{getattr(resolve(name), '__module__', '')}".split(".") for name in names]
+    return {module[1] for module in modules if module[0] == "equidit" and len(module) > 1}
+
+
+def test_pages_of_the_api_follow_the_rooms():
+    drawing = re.search(r"(?s)```text\nequidit/\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text())
+    assert drawing is not None
+    order = re.findall(r"(?m)^  (\w+)(?:\.py|/) ", drawing[1])
+    found = [_rooms(page) for page in pages() if page.startswith("api/")]
+    assert all(len(rooms) <= 1 for rooms in found)
+    places = [order.index(room) for rooms in found for room in rooms]
+    assert places == sorted(places)
+
+
 def test_navigation_holds_every_page_and_no_other():
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert sorted(pages()) == sorted(there)
