@@ -1,9 +1,11 @@
 import ast
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 from site_names import DOCS, ROOT, address, documented, members, pages, public_names, resolve
@@ -134,3 +136,38 @@ def test_code_that_is_only_shown_is_python_and_names_what_there_is(code):
 def test_llms_txt_lists_every_page():
     listed = re.findall(r"\]\((.*?)\)", (DOCS / "llms.txt").read_text())
     assert sorted(listed) == sorted(address(page) or "index.html" for page in pages())
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "missing", "code"),
+    [
+        ("Build started", 0, [], 0),
+        (
+            "WARNING:x: Execution of python code block exited with errors\n session start; n1",
+            0,
+            [],
+            0,
+        ),
+        (
+            "WARNING:x: Execution of python code block exited with errors\n session faq; n1",
+            0,
+            [],
+            1,
+        ),
+        ("Error: no such page", 0, [], 1),
+        ("Build started", 1, [], 1),
+        ("Build started", 0, ["no page faq/index.html"], 1),
+    ],
+)
+def test_what_zensical_complains_of_is_listed_or_an_error(
+    monkeypatch, output, status, missing, code
+):
+    spec = importlib.util.spec_from_file_location("zensical_step", ROOT / ".ci" / "zensical.py")
+    assert spec is not None
+    assert spec.loader is not None
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    done = SimpleNamespace(stdout=output, returncode=status)
+    monkeypatch.setattr(step.subprocess, "run", lambda *args, **kwargs: done)
+    monkeypatch.setattr(step, "missing", lambda site: missing)
+    assert step.main() == code
