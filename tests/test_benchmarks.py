@@ -316,8 +316,10 @@ def test_plain_torch_is_the_same_network():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-5), ("bfloat16", 8 * 2.0**-8)])
-def test_the_sides_of_a_comparison_agree(tmp_path, dtype, apart):
+def test_the_sides_of_a_comparison_agree(tmp_path, monkeypatch, dtype, apart):
     pytest.importorskip("torch")
+    # Each side is a process, which compiles for a handful of calls.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     small = ["--configs", "DiT-S/8", "--batch-size", "1", "--threads", "1", "--repetitions", "1"]
     sides = ["--sides", "plain", "diffusers"]
     compare.main([*small, *sides, "--dtype", dtype, "--results", str(tmp_path)])

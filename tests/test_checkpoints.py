@@ -1,5 +1,7 @@
 """What is restored is bit for bit what was saved, or it is refused."""
 
+import asyncio
+import importlib.util
 import logging
 import shutil
 import subprocess
@@ -364,19 +366,11 @@ with Checkpoints(folder, keep_last=1) as checkpoints:
     assert "the checkpoint of step 3 could not be saved" in second
 
 
-def test_orbax_is_missing(tmp_path):
-    code = f"""
-import sys
-sys.modules["orbax"] = sys.modules["orbax.checkpoint"] = None
-from pathlib import Path
-from equidit.checkpoint import Checkpoints
-try:
-    Checkpoints(Path({str(tmp_path)!r}) / "run")
-except ModuleNotFoundError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "pip install 'equidit[train]'" in done.stdout, done.stderr
+def test_orbax_is_missing(tmp_path, monkeypatch):
+    for name in ("orbax", "orbax.checkpoint"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'equidit\[train\]'"):
+        Checkpoints(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -392,3 +386,39 @@ def test_orbax_logs_to_those_who_ask():
     logger.setLevel(logging.INFO)
     assert logger.filter(record)
     logger.setLevel(level)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="orbax leaves what it began where one of it fails: once it does not, equidit/checkpoint/"
+    "backend.py can use orbax.checkpoint.v1, and need not replace a function of orbax",
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["classic", "v1"])
+def test_orbax_waits_for_what_it_began(nested):
+    """Its own runner, of which `backend.orbax` replaces a part, read anew."""
+    spec = importlib.util.find_spec("orbax.checkpoint._src.asyncio_utils")
+    assert spec is not None
+    assert spec.loader is not None
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    begun = []
+
+    async def fails():
+        raise OSError
+
+    async def takes_longer():
+        begun.append(asyncio.current_task())
+        await asyncio.sleep(0.1)
+
+    async def both():
+        await asyncio.gather(takes_longer(), fails())
+
+    async def inside_another():
+        runner.run_sync(both())
+
+    with pytest.raises(OSError):  # noqa: PT011
+        runner.run_sync(inside_another() if nested else both())
+    left = not begun[0].done()
+    begun[0]._log_destroy_pending = False
+    assert not left

@@ -1,9 +1,11 @@
 import ast
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 from site_names import DOCS, ROOT, address, documented, members, pages, public_names, resolve
@@ -69,6 +71,23 @@ def test_docstrings_tell_arguments_and_results(name):
         assert re.search(r"(?i)\*\*Returns|result|returns", text), "what it returns"
 
 
+def _rooms(page):
+    """The rooms of what a page of the API documents: a page's own, but for aliases of types."""
+    names = re.findall(r"(?m)^::: (\S+)", (DOCS / page).read_text())
+    modules = [f"{getattr(resolve(name), '__module__', '')}".split(".") for name in names]
+    return {module[1] for module in modules if module[0] == "equidit" and len(module) > 1}
+
+
+def test_pages_of_the_api_follow_the_rooms():
+    drawing = re.search(r"(?s)```text\nequidit/\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text())
+    assert drawing is not None
+    order = re.findall(r"(?m)^  (\w+)(?:\.py|/) ", drawing[1])
+    found = [_rooms(page) for page in pages() if page.startswith("api/")]
+    assert all(len(rooms) <= 1 for rooms in found)
+    places = [order.index(room) for rooms in found for room in rooms]
+    assert places == sorted(places)
+
+
 def test_navigation_holds_every_page_and_no_other():
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert sorted(pages()) == sorted(there)
@@ -117,3 +136,38 @@ def test_code_that_is_only_shown_is_python_and_names_what_there_is(code):
 def test_llms_txt_lists_every_page():
     listed = re.findall(r"\]\((.*?)\)", (DOCS / "llms.txt").read_text())
     assert sorted(listed) == sorted(address(page) or "index.html" for page in pages())
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "missing", "code"),
+    [
+        ("Build started", 0, [], 0),
+        (
+            "WARNING:x: Execution of python code block exited with errors\n session start; n1",
+            0,
+            [],
+            0,
+        ),
+        (
+            "WARNING:x: Execution of python code block exited with errors\n session faq; n1",
+            0,
+            [],
+            1,
+        ),
+        ("Error: no such page", 0, [], 1),
+        ("Build started", 1, [], 1),
+        ("Build started", 0, ["no page faq/index.html"], 1),
+    ],
+)
+def test_what_zensical_complains_of_is_listed_or_an_error(
+    monkeypatch, output, status, missing, code
+):
+    spec = importlib.util.spec_from_file_location("zensical_step", ROOT / ".ci" / "zensical.py")
+    assert spec is not None
+    assert spec.loader is not None
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    done = SimpleNamespace(stdout=output, returncode=status)
+    monkeypatch.setattr(step.subprocess, "run", lambda *args, **kwargs: done)
+    monkeypatch.setattr(step, "missing", lambda site: missing)
+    assert step.main() == code

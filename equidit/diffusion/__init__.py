@@ -34,7 +34,6 @@ from .predictions import (
 )
 from .sampling import sample as sample
 from .schedules import (
-    Index as Index,
     Schedule as Schedule,
     Spacing as Spacing,
     cosine_betas as cosine_betas,
