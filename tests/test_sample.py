@@ -9,22 +9,24 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from commands import error_of, run
 from helpers import COMMAND, published, tiny, with_devices
 from hypothesis import given, settings, strategies as st
-from test_cli import error_of, run
 
 import equidit as edt
 from benchmarks import uneven
 from equidit import cli, diffusion as dfn, pretrained
 from equidit.cli.npz import random_labels, to_bytes
 from equidit.runs import sampling
+from equidit.runs.process import Diffusion
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 STEPS = ("--steps", 3)
 HEADS = ("--num-heads", 4)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, compile_quickly):
     """Options that name small published files."""
     weights, vae = published(tmp_path_factory.mktemp("published"))
     return ("--weights", weights, "--vae", vae, *HEADS)
@@ -75,9 +77,7 @@ def test_npz_holds_the_paper_s_samples(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
 
 
-@given(st.integers(1, 23), st.integers(1, 9))
-@settings(derandomize=True, deadline=None, max_examples=6)
-def test_uneven_counts_are_as_the_plain_loop(uneven_files, count, size):
+def uneven_counts(uneven_files, count, size):
     out = uneven_files / f"{count}-{size}.npz"
     for what, path in (("sample", out), ("encode", out.with_suffix(""))):
         if path.exists():
@@ -89,8 +89,21 @@ def test_uneven_counts_are_as_the_plain_loop(uneven_files, count, size):
         assert uneven.rows_that_differ(found, expected) == 0
 
 
+@pytest.mark.parametrize("count", [1, 11, 17])
+def test_uneven_counts_are_as_the_plain_loop(uneven_files, count):
+    """Less than a batch, less than one for each device, and a second go that is hardly filled."""
+    uneven_counts(uneven_files, count, 2)
+
+
+@pytest.mark.slow
+@given(st.integers(1, 23), st.integers(1, 9))
+@settings(derandomize=True, deadline=None, max_examples=6)
+def test_other_counts_are_as_the_plain_loop(uneven_files, count, size):
+    uneven_counts(uneven_files, count, size)
+
+
 @pytest.fixture(scope="module")
-def uneven_files(tmp_path_factory):
+def uneven_files(tmp_path_factory, compile_quickly):
     folder = tmp_path_factory.mktemp("uneven")
     uneven.make_files(folder)
     return folder
@@ -137,10 +150,9 @@ def test_devices_and_batches(files, tmp_path):
 
 def test_draw_fills_up_and_cuts_off():
     network = tiny()
-    schedule = dfn.Schedule(dfn.linear_betas(), (0, 500, 999))
     drawn = sampling.Sampling(
         network,
-        schedule,
+        Diffusion(3),
         null=10,
         guidance_scale=2.0,
         sampler="ddim",
@@ -159,16 +171,16 @@ def test_draw_fills_up_and_cuts_off():
 def test_interrupted_npz_goes_on_only_with_the_same_settings(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "samples.npz"
     common = ("sample", *files, *STEPS, "--npz", "--out", out, "--count", 12, "--batch-size", 1)
-    whole, write = [], sampling.np.split
+    whole, many = [], sampling._many
 
     def interrupted(*arguments):
         whole.append(1)
         if len(whole) > 1:
             raise KeyboardInterrupt
-        return write(*arguments)
+        return many(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("equidit.runs.sampling.np.split", interrupted)
+        patch.setattr("equidit.runs.sampling._many", interrupted)
         assert run(*common) == 130
     assert "go on if given again" in capsys.readouterr().err
     message = error_of(capsys, *common, "--seed", 1, "--guidance-scale", 2)

@@ -1,13 +1,17 @@
 """What `equidit sample` draws from: a run's folder, or published weights."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import pretrained
 from ..runs import task
 from ..runs.folder import Folder
+from ..runs.process import Diffusion, Process
 from ..runs.state import restore_ema
-from ..seams import StrPath
+from ..seams import Network, StrPath
+from ..vae import Autoencoder
+
+Arithmetic = Literal["official", "diffusers"]
 
 
 class Drawable(NamedTuple):
@@ -15,7 +19,8 @@ class Drawable(NamedTuple):
 
     **Fields:**
 
-    - `network`: predicts noise under the linear schedule of 1000 steps.
+    - `network`: what predicts.
+    - `process`: that it was trained for.
     - `decoder`: the autoencoder of its latents; `None` for a network of images.
     - `shape`: of what it takes.
     - `num_classes`: also the null label.
@@ -23,8 +28,9 @@ class Drawable(NamedTuple):
     - `published`: whether it is published weights rather than a run.
     """
 
-    network: Any
-    decoder: Any
+    network: Network
+    process: Process
+    decoder: Autoencoder | None
     shape: tuple[int, int, int]
     num_classes: int
     classes: tuple[str, ...]
@@ -40,11 +46,17 @@ def of_run(path: StrPath, vae: str | None = None) -> Drawable:
     """
     settings, about = Folder(Path(path)).read()
     decoder = task.decoder(settings, about, vae)
-    if about.autoencoder is not None and decoder is None:
+    if about.latents and decoder is None:
         raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")
     network = restore_ema(path)
     return Drawable(
-        network, decoder, about.shape, about.num_classes, about.classes, published=False
+        network,
+        settings.process,
+        decoder,
+        about.shape,
+        about.num_classes,
+        about.classes,
+        published=False,
     )
 
 
@@ -55,7 +67,7 @@ def of_weights(
     size: int | None = None,
     num_heads: int | None = None,
     select: str | None = None,
-    arithmetic: str | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Drawable:
     """Published weights: an official file, or a folder of diffusers'.
 
@@ -116,4 +128,4 @@ def of_weights(
             weights, num_heads=num_heads, select=select, arithmetic=arithmetic or "official"
         )
     shape = (channels, size // factor, size // factor)
-    return Drawable(network, decoder, shape, config.num_classes, (), published=True)
+    return Drawable(network, Diffusion(), decoder, shape, config.num_classes, (), published=True)
