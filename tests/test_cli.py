@@ -278,7 +278,10 @@ def test_damaged_and_foreign_runs(stopped, trained, tmp_path, capsys):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
     # The one before it is whole, and training goes on from there.
-    assert run("sample", out, "--steps", 3, "--out", tmp_path / "a.png") == 0
+    assert run("sample", out, "--steps", 4, "--out", tmp_path / "a.png") == 0
+    # Ten classes, ten of each, enlarged from 8 pixels to 64.
+    shape = matplotlib.image.imread(tmp_path / "a.png").shape
+    assert shape[:2] == (10 * 68, 64 + 10 * 68)
     more = ("--steps", 6, "--report-samples", 100)
     assert run("train", "--out", out, "--resume", *more) == 0
     assert "5" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Work that is killed goes on, and ends in the same bytes."""
 
+import contextlib
 import os
 import random
 import signal
@@ -14,6 +15,8 @@ from helpers import COMMAND, published, with_devices
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from equidit._base.disk import locked
+from equidit.cli import resumable
 from equidit.cli.resumable import Unfinished
 
 ARRAYS = {"a": ((10, 3), np.float32)}
@@ -198,6 +201,24 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with other.open({}, ARRAYS, 4):
         assert other.remaining() == [0, 1, 2]
+
+
+def test_what_may_go_is_decided_under_the_lock(tmp_path, monkeypatch):
+    work = Unfinished(tmp_path / "result")
+    with work.open({"seed": 0}, ARRAYS, 4):
+        pass
+
+    @contextlib.contextmanager
+    def taken_late(path):
+        with locked(path):
+            # Who had it until now has made a group.
+            (work.folder / "done").write_bytes(b"\1\0\0")
+            yield
+
+    monkeypatch.setattr(resumable, "locked", taken_late)
+    with pytest.raises(ValueError, match=r"seed=1 \(was 0\)"), work.open({"seed": 1}, ARRAYS, 4):
+        pass
+    assert work.remaining() == [1, 2]
 
 
 def test_what_is_there_is_not_lost(tmp_path):

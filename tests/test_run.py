@@ -30,6 +30,8 @@ SMALL = shlex.split(
     "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 8 --steps 6 --workers 0 "
     "--log-every 2 --sample-every 4 --sampling-steps 3 --held-out 4 --learning-rate 1e-3"
 )
+# As a run's own pictures: the same program draws both.
+DRAWN = ("--steps", 3, "--guidance-scale", 4)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def folder(tmp_path_factory, compile_quickly):
 @pytest.fixture(scope="module")
 def latents(folder):
     """The pictures, encoded."""
-    words = ("--vae", folder / "vae", "--out", folder / "latents", "--size", 32)
+    words = ("--vae", folder / "vae", "--out", folder / "latents", "--size", 32, "--batch-size", 1)
     assert run("encode", "--images", folder / "pictures", *words) == 0
     return folder / "latents"
 
@@ -82,9 +84,10 @@ def test_from_pictures_to_latents_to_samples(trained, tmp_path):
     assert {row["step"] for row in rows(out)} == {2, 4, 6}
     assert len(np.unique(matplotlib.image.imread(out / "samples.png"))) > 20
     picture = tmp_path / "a.png"
-    assert run("sample", out, "--labels", "0,1", "--steps", 3, "--out", picture) == 0
-    # The rows are two of ten images of 32 pixels, enlarged to 64.
-    assert matplotlib.image.imread(picture).shape[:2] == (2 * 68, 64 + 10 * 68)
+    words = ("--labels", "0,1", "--per-label", 4, *DRAWN, "--out", picture)
+    assert run("sample", out, *words) == 0
+    # The rows are two of four images of 32 pixels, enlarged to 64.
+    assert matplotlib.image.imread(picture).shape[:2] == (2 * 68, 64 + 4 * 68)
     resumed = tmp_path / "resumed"
     shutil.copytree(out, resumed)
     # As if it had been killed after step 4.
@@ -109,7 +112,7 @@ def test_pictures_as_they_are_of_one_class(folder, tmp_path, capsys):
     assert (about["shape"], about["classes"]) == ([3, 16, 16], ["temple"])
     assert (out / "samples.png").exists()
     picture = tmp_path / "a.png"
-    assert run("sample", out, "--labels", "temple", "--steps", 2, "--out", picture) == 0
+    assert run("sample", out, "--labels", "temple", *DRAWN, "--out", picture) == 0
     assert "label 1" in error_of(capsys, "sample", out, "--labels", "1", "--steps", 2)
 
 
