@@ -17,11 +17,10 @@ import jax
 import numpy as np
 
 import equidit as edt
-from equidit import diffusion as dfn
 from equidit.data import DIGITS_CLASSES, DIGITS_SHAPE, Images, digits
 from equidit.runs import report
-from equidit.runs.sampling import Sampler, Sampling, draw
-from equidit.runs.settings import SCHEDULE_STEPS
+from equidit.runs.process import Diffusion, Sampler
+from equidit.runs.sampling import Sampling, draw
 from equidit.runs.state import restore_ema
 
 from .common import RESULTS, write
@@ -39,10 +38,9 @@ SCALE = 1.5
 def figures(network: Any, sampler: Sampler, steps: int, count: int) -> dict[str, float]:
     """Accuracy, and Frechet distance over its floor, of `count` samples."""
     label = np.arange(count, dtype=np.int32) % DIGITS_CLASSES
-    keep = dfn.space_timesteps(SCHEDULE_STEPS, steps)
     sampling = Sampling(
         network,
-        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
+        Diffusion(steps),
         null=DIGITS_CLASSES,
         guidance_scale=1.0,
         sampler=sampler,

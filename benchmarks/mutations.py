@@ -112,7 +112,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows placed one too early",
-        "Partial.write",
+        "Unfinished.write",
         "[rows.start : rows.stop] = value",
         "[max(rows.start - 1, 0) : max(rows.start - 1, 0) + len(value)] = value",
         "test_resumable.py::test_every_row_is_written_once_by_the_group_that_owns_it",

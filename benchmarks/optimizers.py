@@ -20,13 +20,13 @@ import numpy as np
 import optax
 
 import equidit as edt
-from equidit import diffusion as dfn
 from equidit.data import Images, batches, digits
 from equidit.runs import report
+from equidit.runs.process import training_loss
 from equidit.runs.sampling import sample
-from equidit.runs.settings import SCHEDULE_STEPS, Settings
+from equidit.runs.settings import Settings
 from equidit.runs.task import load
-from equidit.runs.validation import hybrid_loss, validation
+from equidit.runs.validation import validation
 
 from .common import RESULTS, median, origin, writable, write
 
@@ -52,17 +52,16 @@ def train(name: str, settings: Settings, samples: int) -> dict[str, Any]:
     optimizer = OPTIMIZERS[name](settings.learning_rate)
     about = task.about
     config = settings.network(about.shape[0], about.num_classes)
-    state = edt.init_state(edt.build(config, key=settings.key(0)), optimizer)
-    schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
+    state = edt.init_state(edt.build(config, key=settings.key("init")), optimizer)
     step = edt.make_train_step(
-        hybrid_loss(schedule, about.num_classes, settings.label_dropout),
+        training_loss(settings.process, about.num_classes, settings.label_dropout),
         optimizer,
         ema_decay=edt.ema_warmup(settings.ema_decay),
     )
     with batches(task.train, settings.batch_size, seed=settings.seed) as stream:
         for _ in range(settings.steps):
             batch, _ = next(stream)
-            state, _ = step(state, batch, settings.key(1))
+            state, _ = step(state, batch, settings.key("train"))
     figures = validation(settings, state, task.held_out, None)
     label = np.arange(samples, dtype=np.int32) % about.num_classes
     images = Images(sample(settings, about, state.ema, label), label)

@@ -25,7 +25,7 @@ from equidit.checkpoint import Checkpoints, backend, checkpoints
 from equidit.checkpoint.hashing import fingerprints
 from equidit.checkpoint.record import Record, checksum
 from equidit.cli import npz
-from equidit.cli.resumable import Partial
+from equidit.cli.resumable import Unfinished
 from equidit.data import ImageError, LatentSource, image_folder, read_image
 from equidit.pretrained import files, folders, tables, transformer
 from equidit.pretrained.autoencoder import AUTOENCODER
@@ -301,7 +301,7 @@ _ARRAYS = {"a": ((5, 2), np.float32), "label": ((5,), np.int32)}
 def _unfinished() -> Files:
     def write(folder: Path) -> None:
         folder.mkdir()
-        work = Partial(folder / "out")
+        work = Unfinished(folder / "out")
         with work.open({"seed": 0, "labels": [1, 2]}, _ARRAYS, 2):
             work.write(1, a=np.ones((2, 2)), label=np.ones(2))
 
@@ -309,7 +309,7 @@ def _unfinished() -> Files:
 
 
 def _read_unfinished(folder: Path) -> None:
-    work = Partial(folder / "out")
+    work = Unfinished(folder / "out")
     with work.open({"seed": 0, "labels": [1, 2]}, _ARRAYS, 2):
         assert set(work.remaining()) <= {0, 1, 2}
 

@@ -83,15 +83,16 @@ def by_loop(what: str, folder: Path, count: int, size: int, out: Path) -> list[n
     import jax.numpy as jnp
 
     import equidit as edt
-    from equidit import diffusion as dfn
     from equidit.cli import encoding, npz
-    from equidit.runs.sampling import Sampling, batches
+    from equidit.runs import sampling as drawing
+    from equidit.runs.process import Diffusion
 
     vae = edt.pretrained.load_vae(folder / "vae")
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     if what == "sample":
-        sampling = Sampling(
+        sampling = drawing.Sampling(
             edt.pretrained.load_dit(folder / "dit.safetensors", num_heads=4),
-            dfn.Schedule(dfn.linear_betas(), dfn.space_timesteps(1000, 2)),
+            Diffusion(2),
             null=10,
             guidance_scale=1.5,
             sampler="ddpm",
@@ -103,13 +104,13 @@ def by_loop(what: str, folder: Path, count: int, size: int, out: Path) -> list[n
         images = np.zeros((count, 16, 16, 3), np.uint8)
         for first in range(0, count, size):
             rows = np.arange(first, first + size)
-            (found,) = batches(sampling, [(labels[rows % count], rows)])
+            label, index = jnp.asarray(labels[rows % count]), jnp.asarray(rows)
+            found = np.asarray(drawing._many(sampling, mesh, label, index))
             images[first : first + size] = npz.to_bytes(found)[: count - first]
         return [images, labels]
     from equidit.data import image_folder, read_image
 
     listed = image_folder(out.with_name(f"pictures-{count}"))
-    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     mean, std = np.zeros((2, count, 2, 4, 8, 8), np.float32)
     for first in range(0, count, size):
         pixels = np.zeros((size, 3, 16, 16), np.uint8)

@@ -1,43 +1,73 @@
 """The command, as a user calls it."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import jax
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import tree_allclose
+from commands import error_of, run, saved, share_steps
+from helpers import COMMAND, tree_allclose
 
-from equidit import cli, hosts
-from equidit.checkpoint import Checkpoints
+from equidit import hosts
 from equidit.cli.sample import numbers_of
 from equidit.cli.train import example_labels
+from equidit.configs import CONFIGS
+from equidit.runs import sampling
 from equidit.runs.folder import Folder
-from equidit.runs.settings import Settings
-from equidit.runs.state import state_like
+from equidit.runs.log import Log
+from equidit.runs.settings import MODELS, Model, Settings
 
-SMALL = shlex.split("--hidden-size 16 --depth 1 --num-heads 2 --sampling-steps 4 --batch-size 16")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+# As many samples for the report as for the picture: one program draws both.
+SMALL = shlex.split(
+    "--hidden-size 16 --depth 1 --num-heads 2 --sampling-steps 4 --batch-size 16 "
+    "--report-samples 100"
+)
 EVERY = shlex.split("--log-every 2 --sample-every 4")
 
 
-def run(*arguments):
-    return cli.run([str(argument) for argument in arguments])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, compile_quickly):
+    """A short run; those after it that compute the same use its compiled step."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        assert run("train", "digits", "--out", out, "--steps", 6, *SMALL, *EVERY) == 0
+        yield out
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A short run, and what was printed."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    assert run("train", "digits", "--out", out, "--steps", 6, *SMALL, *EVERY) == 0
-    return out
+def stopped(trained, tmp_path_factory):
+    """The same run begun in the place of another, traced from step 4 on, and interrupted in
+    step 5; and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "my digits"
+    shutil.copytree(trained, out)
+    begin, begun = Log.step, []
+
+    def interrupted(self, waited):
+        begin(self, waited)
+        begun.append(1)
+        if len(begun) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    words = ("train", "--out", out, "--overwrite", "--steps", 8, "--profile", 4)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(Log, "step", interrupted)
+        assert run(*words, *SMALL, *EVERY) == 0
+    return out, printed.getvalue()
 
 
 def test_what_a_run_leaves(trained):
@@ -59,8 +89,8 @@ def test_what_a_run_leaves(trained):
             else {"validation_loss", "validation_loss_by_quartile"}
         )
     report = json.loads((trained / "report.json").read_text())
-    assert report["samples"] == 500
-    assert report["frechet_at"] == 360
+    assert Settings().report_samples == 500
+    assert report["samples"] == report["frechet_at"] == 100
     assert 0 < report["accuracy_held_out"] <= 1
     assert report["frechet"] > report["frechet_floor"] > 0
     assert report["nearest"] > 0
@@ -75,26 +105,33 @@ def test_pictures_show_something(trained):
         assert len(np.unique(pixels)) > 20
 
 
-def saved(out):
-    """The state of a run's newest checkpoint."""
-    settings, about = Folder(out).read()
-    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(state_like(settings, about, None)).state
+def test_a_run_that_is_stopped_says_how_to_go_on(stopped):
+    out, printed = stopped
+    assert f"equidit train digits --out '{out}' --resume" in printed
+    rows = Folder(out).rows()
+    # Of the run that was there before nothing is left.
+    assert [row["step"] for row in rows] == [2, 4, 4, 5, 5]
+    assert "validation_loss" in rows[-1]
+    assert not (out / "report.json").exists()
 
 
-def test_resume_is_bit_exact(trained, tmp_path, capsys):
+def test_a_trace_is_whole_even_if_the_run_ends_within_it(stopped, tmp_path, capsys):
+    out, _ = stopped
+    (trace,) = (out / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size
+    words = ("train", "--out", tmp_path / "run", *SMALL, "--steps", 3, "--profile", 4)
+    assert "not among the steps to do, 1 to 3" in error_of(capsys, *words)
+    assert not (tmp_path / "run").exists()
+    message = error_of(capsys, "train", "--out", out, "--resume", "--profile", 3)
+    assert "profile=3 is not among the steps to do, 6 to 8" in message
+
+
+def test_resume_is_bit_exact(stopped, trained, tmp_path, capsys):
     out = tmp_path / "digits"
-    assert run("train", "--out", out, "--steps", 4, *SMALL, *EVERY) == 0
+    shutil.copytree(stopped[0], out)
     assert run("train", "--out", out, "--steps", 6, "--resume") == 0
     assert tree_allclose(saved(out), saved(trained))
     assert (out / "samples.png").read_bytes() == (trained / "samples.png").read_bytes()
-
-    def rows(folder):
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        rates = {"images_per_second": 0, "mfu": 0, "data_wait": 0}
-        return [json.loads(line) | rates for line in lines]
-
-    assert rows(out) == rows(trained)
     assert f"equidit sample {out}" in capsys.readouterr().out
 
 
@@ -119,18 +156,32 @@ def test_help_shows_every_setting(capsys):
     assert "latents:DIR" in text
     for setting in Settings().record().keys() - {"data"}:
         assert f"--{setting.replace('_', '-')}" in text
+    assert "400000" not in text
+    with pytest.raises(SystemExit):
+        run("train", "--data", "folder:nowhere", "--help")
+    # The defaults shown are those of the kind of data.
+    assert "400000" in capsys.readouterr().out
 
 
-def error_of(capsys, *arguments):
-    """What a command that fails says; the parser's own errors are boxed, and exit with 2."""
-    capsys.readouterr()
-    try:
-        assert run(*arguments) == 1
-    except SystemExit as exit:
-        assert exit.code == 2  # noqa: PT017
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return " ".join(message.replace("│", " ").split())
+def test_every_setting_may_change_when_a_run_goes_on_or_may_not():
+    decided = {f.name: f.metadata["may_change"] for f in dataclasses.fields(Settings)}
+    assert set(decided.values()) == {True, False}
+    assert Settings().fixed().keys() == {name for name, free in decided.items() if not free}
+    other = {"data": "folder:a", "steps": 5, "workers": 1, "vae": "b", "save_errors": "warn"}
+    Settings(**other).check_resumes(Settings())
+    with pytest.raises(ValueError, match=r"differ: batch_size=8 \(was 64\), seed=1 \(was 0\)$"):
+        Settings(batch_size=8, seed=1, steps=5).check_resumes(Settings())
+
+
+def test_each_purpose_has_the_key_that_it_always_had():
+    settings = Settings(seed=3)
+    for number, purpose in enumerate(("init", "train", "validate", "sample")):
+        expected = jax.random.fold_in(jax.random.key(3), number)
+        assert (settings.key(purpose) == expected).all()
+
+
+def test_models_are_the_paper_s_and_a_small_one():
+    assert get_args(Model) == ("tiny", *CONFIGS) == tuple(MODELS)
 
 
 def test_a_folder_that_exists(trained, tmp_path, capsys):
@@ -144,14 +195,6 @@ def test_a_folder_that_exists(trained, tmp_path, capsys):
     assert "other things" in error_of(capsys, "train", "--out", tmp_path, "--overwrite")
     assert "no folder" in error_of(capsys, "train", "--out", tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "precious"
-
-
-def test_overwrite_starts_over(trained, tmp_path):
-    out = tmp_path / "digits"
-    shutil.copytree(trained, out)
-    assert run("train", "--out", out, "--overwrite", "--steps", 2, *SMALL, *EVERY) == 0
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -189,10 +232,15 @@ def test_bad_settings_write_nothing(tmp_path, capsys, arguments, words):
         (["--steps", 0], ["0"]),
         (["--per-label", 0], ["per_label=0"]),
         (["--guidance-scale", "nan"], ["scale=nan"]),
+        (["--count", 5], ["--count belongs to --npz"]),
+        (["--overwrite"], ["--overwrite belongs to --npz"]),
+        (["--npz", "--per-label", 5], ["--per-label belongs to a picture"]),
+        (["--out", "."], [". is a folder"]),
     ],
 )
-def test_bad_sampling(trained, capsys, arguments, words):
+def test_bad_sampling(trained, capsys, monkeypatch, arguments, words):
     before = {path.name for path in trained.iterdir()}
+    monkeypatch.setattr(sampling, "_many", None)  # nothing is drawn
     message = error_of(capsys, "sample", trained, *arguments)
     assert all(word in message for word in words), message
     assert before == {path.name for path in trained.iterdir()}
@@ -210,10 +258,10 @@ def test_unknown_names_list_the_known_ones(trained, capsys):
         assert all(name in message for name in names), message
 
 
-def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
+def test_damaged_and_foreign_runs(stopped, trained, tmp_path, capsys):
     assert "no run" in error_of(capsys, "sample", tmp_path / "nowhere")
     out = tmp_path / "digits"
-    shutil.copytree(trained, out)
+    shutil.copytree(stopped[0], out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(
         json.dumps(config | {"settings": config["settings"] | {"depth": 2}})
@@ -223,15 +271,27 @@ def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
     for text in ("{", "[]", '{"settings": {"width": 3}}'):
         (out / "config.json").write_text(text)
         assert "config.json is damaged" in error_of(capsys, "sample", out)
+    # As it was before there was this setting.
+    del config["settings"]["report_samples"]
     (out / "config.json").write_text(json.dumps(config))
-    for file in (out / "checkpoints" / "6").rglob("*"):
+    for file in (out / "checkpoints" / "5").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
     # The one before it is whole, and training goes on from there.
-    assert run("sample", out, "--steps", 2, "--out", tmp_path / "a.png") == 0
-    assert run("train", "--out", out, "--resume") == 0
-    assert "6" in capsys.readouterr().err
+    assert run("sample", out, "--steps", 4, "--out", tmp_path / "a.png") == 0
+    # Ten classes, ten of each, enlarged from 8 pixels to 64.
+    shape = matplotlib.image.imread(tmp_path / "a.png").shape
+    assert shape[:2] == (10 * 68, 64 + 10 * 68)
+    more = ("--steps", 6, "--report-samples", 100)
+    assert run("train", "--out", out, "--resume", *more) == 0
+    assert "5" in capsys.readouterr().err
     assert tree_allclose(saved(out), saved(trained))
+
+    def rows(folder):
+        rates = {"images_per_second": 0, "mfu": 0, "data_wait": 0}
+        return [row | rates for row in Folder(folder).rows()]
+
+    assert rows(out) == rows(trained)
     shutil.rmtree(out / "checkpoints")
     assert "checkpoint" in error_of(capsys, "sample", out)
 
@@ -255,24 +315,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     message = error_of(
         capsys,
         *("train", "--out", out, "--learning-rate", 1e30, "--steps", 40, *SMALL),
-        *("--log-every", 2, "--sample-every", 1, "--max-skipped", 3),
+        *("--log-every", 1, "--sample-every", 2, "--max-skipped", 3),
     )
     assert "in a row" in message
     assert "--learning-rate" in message
     # The first step is taken; of those that were not, no weight is touched.
     skipped = [row["skipped"] for row in Folder(out).rows() if "skipped" in row]
     assert sum(skipped) >= 3
-    assert f"The last good checkpoint is step {len(skipped) - 1} in {out}" in message
+    assert f"The last good checkpoint is step 2 in {out}" in message
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(out)))
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
     out = tmp_path / "my digits"
-    code = "import sys; from equidit.__main__ import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "train", "--out", str(out)]
+    command = [*COMMAND, "train", "--out", str(out)]
     settings = [*SMALL, "--steps", "100000", "--log-every", "1", "--sample-every", "100000"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import error_of, run
 from helpers import published
 from PIL import Image
-from test_cli import error_of, run
 
 from equidit import pretrained
 from equidit.data import open_latents, read_image
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory):
+def vae(tmp_path_factory, compile_quickly):
     return published(tmp_path_factory.mktemp("published"))[1]
 
 

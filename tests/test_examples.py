@@ -340,7 +340,7 @@ def test_resized_networks():
         outs = [[n(x, T, label) for n in (network, resized)] for x in (x, wider)]
         gradients = [jax.grad(loss)(n, (wider, label), KEY) for n in (network, resized)]
         low = edt.cast(resized, jnp.bfloat16)(wider, T, label)
-        return *outs, low, gradients
+        return [*outs, low, gradients]
 
     usual, outs, low, gradients = both(network, resized)
     assert tree_allclose(*usual, 1e-5)

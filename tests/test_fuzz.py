@@ -26,7 +26,7 @@ from benchmarks.mutating import LONGEST, mutated
 from benchmarks.readers import READERS, Reader
 from equidit._base.disk import mapped
 from equidit.cli.encoding import encode
-from equidit.cli.resumable import Partial
+from equidit.cli.resumable import Unfinished
 from equidit.data import ImageError, image_folder, open_latents, read_image
 from equidit.pretrained import files
 from equidit.runs.folder import Folder
@@ -312,7 +312,7 @@ def test_what_numpy_writes_is_mapped(dtype, shape, tmp_path):
 
 def test_a_truncated_array_of_unfinished_work_is_not_filled_up(tmp_path):
     arrays = {"a": ((4, 2), np.float32)}
-    work = Partial(tmp_path / "out")
+    work = Unfinished(tmp_path / "out")
     with work.open({}, arrays, 2):
         work.write(1, a=np.ones((2, 2)))
     path = work.array_path("a")
@@ -325,7 +325,7 @@ def test_a_truncated_array_of_unfinished_work_is_not_filled_up(tmp_path):
 
 @pytest.mark.parametrize("done", [None, b"", b"\1", b"\0\1\0", b"\2\1"])
 def test_a_damaged_list_of_what_is_done_is_refused(done, tmp_path):
-    work, arrays = Partial(tmp_path / "out"), {"a": ((4, 2), np.float32)}
+    work, arrays = Unfinished(tmp_path / "out"), {"a": ((4, 2), np.float32)}
     with work.open({}, arrays, 2):
         pass
     path = work.folder / "done"

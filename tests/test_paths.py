@@ -21,10 +21,11 @@ from equidit._base import disk
 from equidit._base.arguments import union_members
 from equidit.checkpoint import Checkpoints
 from equidit.cli import encoding, npz, resumable, sources
-from equidit.diffusion import Schedule, linear_betas
 from equidit.pretrained import diffusers, official
-from equidit.runs import report, state, task
+from equidit.runs import report, state
 from equidit.runs.folder import Folder
+from equidit.runs.kinds import About
+from equidit.runs.process import Diffusion
 from equidit.runs.sampling import Sampling
 from equidit.runs.settings import Settings
 
@@ -67,7 +68,7 @@ def there(tmp_path_factory, compile_quickly):
     encoding.encode(vae, data.image_folder(folder / "pictures"), folder / "latents", size=8)
     save_dit(folder / "diffusers")
     settings, run = Settings(hidden_size=8, depth=1, num_heads=1), Folder(folder / "run")
-    about = task.About((1, 8, 8), ("a", "b"), None)
+    about = About((1, 8, 8), ("a", "b"), None)
     run.path.mkdir()
     run.begin(settings, about, 1)
     with Checkpoints(run.checkpoints) as checkpoints:
@@ -81,9 +82,8 @@ def save_dit(path):
 
 
 def sampling():
-    schedule = Schedule(linear_betas(), (0, 999))
     more = {"null": 10, "guidance_scale": 1.0, "sampler": "ddim", "key": KEY}
-    return Sampling(tiny(), schedule, shape=(1, 8, 8), **more)
+    return Sampling(tiny(), Diffusion(2), shape=(1, 8, 8), **more)
 
 
 def saved(path):
@@ -99,8 +99,8 @@ def encoded(path, there):
     return np.array(data.open_latents(path).mean)
 
 
-def partial(path):
-    work = resumable.Partial(path)
+def unfinished(path):
+    work = resumable.Unfinished(path)
     with work.open({}, {"a": ((2,), np.float32)}, 2):
         work.write(0, a=np.ones(2))
         work.finish_folder()
@@ -168,7 +168,7 @@ WRITE = {
     ),
     "save_vae": lambda p: pretrained.save_vae(vae(), p) or pretrained.load_vae(p),
     "Checkpoints.__init__": saved,
-    "Partial.__init__": partial,
+    "Unfinished.__init__": unfinished,
     "write_npz": samples,
     "grid": picture(report.grid, np.zeros((1, 1, 1, 8, 8), np.float32), "a"),
     "loss_curve": picture(report.loss_curve, [{"step": 1, "loss": 1.0}]),
@@ -247,7 +247,7 @@ def test_here_is_a_path(there, monkeypatch):
     monkeypatch.chdir(there / "pictures")
     assert data.image_folder(".").classes == ("a", "b")
     with pytest.raises(FileExistsError, match="exists: choose another"):
-        partial(".")
+        unfinished(".")
 
 
 @pytest.mark.parametrize("wrong", [b"bytes", 3, None])

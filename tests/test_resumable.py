@@ -1,5 +1,6 @@
 """Work that is killed goes on, and ends in the same bytes."""
 
+import contextlib
 import os
 import random
 import signal
@@ -14,18 +15,20 @@ from helpers import COMMAND, published, with_devices
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from equidit.cli.resumable import Partial
+from equidit._base.disk import locked
+from equidit.cli import resumable
+from equidit.cli.resumable import Unfinished
 
 ARRAYS = {"a": ((10, 3), np.float32)}
 
 
 def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({"seed": 0}, ARRAYS, 4):
         assert work.remaining() == [0, 1, 2]
         work.write(2, a=np.full((2, 3), 2.0))
         work.write(0, a=np.full((4, 3), 0.5))
-    again = Partial(tmp_path / "result")
+    again = Unfinished(tmp_path / "result")
     with again.open({"seed": 0}, ARRAYS, 4):
         assert again.remaining() == [1]
         assert not again.complete()
@@ -38,7 +41,7 @@ def test_groups_are_kept_and_the_last_is_shorter(tmp_path):
 
 
 def test_arrays_of_others_are_never_deleted(tmp_path):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     work.folder.mkdir()
     (work.folder / "settings.json").write_text('{"theirs": 1}')
     np.save(work.folder / "theirs.npy", np.ones(3))
@@ -53,12 +56,12 @@ def test_arrays_of_others_are_never_deleted(tmp_path):
 
 @pytest.mark.parametrize("name", ["files.txt", "info.json.partial", "info.json"])
 def test_what_was_killed_just_before_its_end_goes_on(tmp_path, name):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({"seed": 0}, ARRAYS, 4):
         for group in range(3):
             work.write(group, a=np.full((len(work.rows(group)), 3), group))
         (work.folder / name).write_text("")
-    again = Partial(tmp_path / "result")
+    again = Unfinished(tmp_path / "result")
     with again.open({"seed": 0}, ARRAYS, 4):
         assert again.complete()
         again.finish_folder()
@@ -67,7 +70,7 @@ def test_what_was_killed_just_before_its_end_goes_on(tmp_path, name):
     (work.folder / "thesis.tex").write_text("")
     with (
         pytest.raises(FileExistsError, match="holds other things"),
-        Partial(tmp_path / "result").open({"seed": 0}, ARRAYS, 4, overwrite=True),
+        Unfinished(tmp_path / "result").open({"seed": 0}, ARRAYS, 4, overwrite=True),
     ):
         pass
 
@@ -75,11 +78,11 @@ def test_what_was_killed_just_before_its_end_goes_on(tmp_path, name):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("groups", [0, 1])
 def test_work_of_other_settings_goes_if_none_is_done_or_it_is_unwanted(tmp_path, groups, overwrite):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({"seed": 0}, {"old": ((7, 2), np.float32)}, 3):
         for group in range(groups):
             work.write(group, old=np.ones((3, 2)))
-    again = Partial(tmp_path / "result")
+    again = Unfinished(tmp_path / "result")
     if groups and not overwrite:
         with (
             pytest.raises(ValueError, match=r"seed=1 \(was 0\).*--overwrite"),
@@ -107,7 +110,7 @@ def test_every_row_is_written_once_by_the_group_that_owns_it(count, size, random
         random.shuffle(order)
         # In two goes, as if interrupted, and in any order.
         for part in (order[: len(order) // 2], order[len(order) // 2 :]):
-            work = Partial(path)
+            work = Unfinished(path)
             with work.open({}, arrays, size):
                 for group in part:
                     assert not work.complete()
@@ -124,7 +127,7 @@ def test_every_row_is_written_once_by_the_group_that_owns_it(count, size, random
 
 
 def test_a_group_is_written_whole_to_its_own_rows(tmp_path):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     arrays = {"a": ((10, 3), np.float32), "label": ((10,), np.int32)}
     whole = {"a": np.ones((4, 3)), "label": np.ones(4)}
     with work.open({}, arrays, 4):
@@ -151,7 +154,7 @@ def test_a_group_is_written_whole_to_its_own_rows(tmp_path):
 
 def test_work_of_before_is_not_gone_on_with(tmp_path):
     """It has no format, and may have groups in the rows of others."""
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({"seed": 0}, ARRAYS, 4):
         work.write(0, a=np.ones((4, 3)))
     (work.folder / "settings.json").write_text('{"seed": 0}')
@@ -174,7 +177,7 @@ def test_work_of_before_is_not_gone_on_with(tmp_path):
     ],
 )
 def test_damaged_work_is_told(tmp_path, name, content):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({}, ARRAYS, 4):
         pass
     if content is None:
@@ -189,7 +192,7 @@ def test_damaged_work_is_told(tmp_path, name, content):
 
 
 def test_one_process_at_a_time(tmp_path):
-    work, other = Partial(tmp_path / "result"), Partial(tmp_path / "result")
+    work, other = Unfinished(tmp_path / "result"), Unfinished(tmp_path / "result")
     with (
         work.open({}, ARRAYS, 4),
         pytest.raises(FileExistsError, match="another process"),
@@ -200,8 +203,26 @@ def test_one_process_at_a_time(tmp_path):
         assert other.remaining() == [0, 1, 2]
 
 
+def test_what_may_go_is_decided_under_the_lock(tmp_path, monkeypatch):
+    work = Unfinished(tmp_path / "result")
+    with work.open({"seed": 0}, ARRAYS, 4):
+        pass
+
+    @contextlib.contextmanager
+    def taken_late(path):
+        with locked(path):
+            # Who had it until now has made a group.
+            (work.folder / "done").write_bytes(b"\1\0\0")
+            yield
+
+    monkeypatch.setattr(resumable, "locked", taken_late)
+    with pytest.raises(ValueError, match=r"seed=1 \(was 0\)"), work.open({"seed": 1}, ARRAYS, 4):
+        pass
+    assert work.remaining() == [1, 2]
+
+
 def test_what_is_there_is_not_lost(tmp_path):
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     (tmp_path / "result.unfinished").mkdir()
     (tmp_path / "result.unfinished" / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match="other things"), work.open({}, ARRAYS, 4):
@@ -223,7 +244,7 @@ def test_begun_but_killed_before_it_was_ready(tmp_path):
     folder.mkdir()
     (folder / "a.npy").write_bytes(b"half")
     (folder / "settings.json.partial").write_text("{")
-    work = Partial(tmp_path / "result")
+    work = Unfinished(tmp_path / "result")
     with work.open({}, ARRAYS, 4):
         assert work.remaining() == [0, 1, 2]
         work.write(0, a=np.ones((4, 3)))

@@ -1,5 +1,7 @@
 """Runs on pictures and latents, on one host and on two, and what they refuse."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -13,30 +15,33 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from commands import error_of, run, saved, share_steps
 from helpers import COMMAND, free_port, published, tree_allclose, with_devices
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from test_cli import error_of, run, saved
 
 from benchmarks import incidents, kills
 from equidit.checkpoint import CheckpointError, Checkpoints
 from equidit.runs.folder import Folder
 from equidit.runs.watch import Interrupts
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = shlex.split(
-    "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --steps 6 --workers 0 "
-    "--log-every 2 --sample-every 4 --sampling-steps 3 --held-out 8 --learning-rate 1e-3"
+    "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 8 --steps 6 --workers 0 "
+    "--log-every 2 --sample-every 4 --sampling-steps 3 --held-out 4 --learning-rate 1e-3"
 )
+# As a run's own pictures: the same program draws both.
+DRAWN = ("--steps", 3, "--guidance-scale", 4)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, compile_quickly):
     """Pictures of two classes, cut from photographs that scikit-learn ships; and a small VAE."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for name, photograph in zip(("temple", "flower"), load_sample_images().images, strict=True):
         (folder / "pictures" / name).mkdir(parents=True)
-        for i in range(20):
+        for i in range(10):
             top, left = rng.integers(0, 427 - 96), rng.integers(0, 640 - 96)
             picture = Image.fromarray(photograph[top : top + 96, left : left + 96])
             picture.save(folder / "pictures" / name / f"{i}.jpg")
@@ -47,20 +52,30 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(folder):
     """The pictures, encoded."""
-    words = ("--vae", folder / "vae", "--out", folder / "latents", "--size", 32)
+    words = ("--vae", folder / "vae", "--out", folder / "latents", "--size", 32, "--batch-size", 1)
     assert run("encode", "--images", folder / "pictures", *words) == 0
     return folder / "latents"
+
+
+@pytest.fixture(scope="module")
+def trained(folder, latents):
+    """A run on them, and what it said; others that compute the same use its compiled step."""
+    out, printed = folder / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        words = ("train", "--data", f"latents:{latents}", "--out", out, *SMALL)
+        with contextlib.redirect_stdout(printed):
+            assert run(*words, "--vae", folder / "vae") == 0
+        yield out, printed.getvalue()
 
 
 def rows(out):
     return Folder(out).rows()
 
 
-def test_from_pictures_to_latents_to_samples(folder, latents, tmp_path, capsys):
-    out = tmp_path / "run"
-    vae = ("--vae", folder / "vae")
-    assert run("train", "--data", f"latents:{latents}", "--out", out, *SMALL, *vae) == 0
-    assert "Validation loss" in capsys.readouterr().out
+def test_from_pictures_to_latents_to_samples(trained, tmp_path):
+    out, printed = trained
+    assert "Validation loss" in printed
     config = json.loads((out / "config.json").read_text())
     assert config["about"]["shape"] == [4, 16, 16]
     assert config["about"]["classes"] == ["flower", "temple"]
@@ -69,30 +84,36 @@ def test_from_pictures_to_latents_to_samples(folder, latents, tmp_path, capsys):
     assert {row["step"] for row in rows(out)} == {2, 4, 6}
     assert len(np.unique(matplotlib.image.imread(out / "samples.png"))) > 20
     picture = tmp_path / "a.png"
-    assert run("sample", out, "--labels", "0,1", "--steps", 3, "--out", picture) == 0
-    # The rows are two of ten images of 32 pixels, enlarged to 64.
-    assert matplotlib.image.imread(picture).shape[:2] == (2 * 68, 64 + 10 * 68)
+    words = ("--labels", "0,1", "--per-label", 4, *DRAWN, "--out", picture)
+    assert run("sample", out, *words) == 0
+    # The rows are two of four images of 32 pixels, enlarged to 64.
+    assert matplotlib.image.imread(picture).shape[:2] == (2 * 68, 64 + 4 * 68)
     resumed = tmp_path / "resumed"
-    data = f"latents:{latents}"
-    assert run("train", data, "--out", resumed, *SMALL, *vae, "--steps", 4) == 0
+    shutil.copytree(out, resumed)
+    # As if it had been killed after step 4.
+    shutil.rmtree(resumed / "checkpoints" / "6")
     assert run("train", "--out", resumed, "--resume", "--steps", 6, "--workers", 0) == 0
     assert tree_allclose(saved(resumed), saved(out))
 
 
-def test_pictures_as_they_are(folder, tmp_path):
-    out = tmp_path / "run"
-    broken = tmp_path / "pictures"
-    broken.mkdir()
-    for path in (folder / "pictures").rglob("*.jpg"):
-        copy = broken / path.relative_to(folder / "pictures")
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(path.read_bytes() if path.name != "3.jpg" else b"")
-    options = (*SMALL, "--size", 16, "--skip-corrupt")
-    assert run("train", f"folder:{broken}", "--out", out, *options) == 0
-    # Two of forty are damaged, and 96 were read; some may lie among the held out.
-    assert 0 < sum(row.get("corrupt", 0) for row in rows(out)) < 12
-    assert json.loads((out / "config.json").read_text())["about"]["shape"] == [3, 16, 16]
+def test_pictures_as_they_are_of_one_class(folder, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(folder / "pictures" / "temple", pictures / "temple")
+    (pictures / "temple" / "3.jpg").write_bytes(b"")
+    (pictures / "temple" / "notes.txt").write_text("")
+    (pictures / "temple" / "gone.jpg").symlink_to("nowhere.jpg")
+    more = ("--size", 16, "--held-out", 2, "--steps", 4, "--skip-corrupt")
+    assert run("train", f"folder:{pictures}", "--out", out, *SMALL, *more) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"left out of {pictures}: 1 .txt, 1 broken link") == 1
+    # One of ten is damaged, and 32 were read; it may lie among the held out.
+    assert 0 < sum(row.get("corrupt", 0) for row in rows(out)) < 8
+    about = json.loads((out / "config.json").read_text())["about"]
+    assert (about["shape"], about["classes"]) == ([3, 16, 16], ["temple"])
     assert (out / "samples.png").exists()
+    picture = tmp_path / "a.png"
+    assert run("sample", out, "--labels", "temple", *DRAWN, "--out", picture) == 0
+    assert "label 1" in error_of(capsys, "sample", out, "--labels", "1", "--steps", 2)
 
 
 def test_bad_data(folder, latents, tmp_path, capsys):
@@ -110,9 +131,9 @@ def test_bad_data(folder, latents, tmp_path, capsys):
     (tmp_path / "around").mkdir()
     (tmp_path / "around" / "pictures").symlink_to(pictures)
     assert "the one folder pictures" in message(f"folder:{tmp_path / 'around'}", *out)
-    few = message(f"folder:{pictures}", *out, "--batch-size", 40, "--size", 16)
-    assert "40 examples" in few
-    assert "held_out=8" in few
+    few = message(f"folder:{pictures}", *out, "--batch-size", 24, "--size", 16)
+    assert "20 examples" in few
+    assert "held_out=4" in few
     assert "multiple" in message(f"latents:{latents}", *out, "--batch-size", 12)
     assert "height=18" in message(f"folder:{pictures}", *out, "--size", 18, "--patch-size", 4)
     _, other = published(tmp_path, latent_channels=8)
@@ -123,39 +144,26 @@ def test_bad_data(folder, latents, tmp_path, capsys):
     assert "file" in message(f"latents:{latents}", *unwritable)
 
 
-def test_one_class_and_what_is_left_out(folder, tmp_path, capsys):
-    pictures, out = tmp_path / "pictures", tmp_path / "run"
-    shutil.copytree(folder / "pictures" / "temple", pictures / "temple")
-    (pictures / "temple" / "notes.txt").write_text("")
-    (pictures / "temple" / "gone.jpg").symlink_to("nowhere.jpg")
-    words = ("--out", out, *SMALL, "--size", 16, "--held-out", 3, "--steps", 2)
-    assert run("train", f"folder:{pictures}", *words) == 0
-    said = capsys.readouterr().err
-    assert said.count(f"left out of {pictures}: 1 .txt, 1 broken link") == 1
-    assert json.loads((out / "config.json").read_text())["about"]["classes"] == ["temple"]
-    picture = tmp_path / "a.png"
-    assert run("sample", out, "--labels", "temple", "--steps", 2, "--out", picture) == 0
-    assert "label 1" in error_of(capsys, "sample", out, "--labels", "1", "--steps", 2)
-
-
 def test_a_damaged_picture_is_named(folder, tmp_path, capsys):
     pictures = tmp_path / "pictures"
     for name in ("a", "b"):
-        (pictures / name).mkdir(parents=True)
-        for i in range(16):
-            (pictures / name / f"{i}.jpg").write_bytes(
-                (folder / "pictures" / "temple" / f"{i}.jpg").read_bytes()
-            )
+        shutil.copytree(folder / "pictures" / "temple", pictures / name)
+        for i in (8, 9):
+            (pictures / name / f"{i}.jpg").unlink()
     (pictures / "b" / "5.jpg").write_bytes(b"not a picture")
-    words = ("--out", tmp_path / "run", *SMALL, "--size", 16, "--steps", 40)
-    message = error_of(capsys, "train", f"folder:{pictures}", *words)
+    # All of them are in the first batch.
+    words = (*SMALL, "--size", 16, "--batch-size", 16, "--held-out", 0)
+    message = error_of(capsys, "train", f"folder:{pictures}", "--out", tmp_path / "run", *words)
     assert "b/5.jpg is no picture, or damaged" in message
     assert "example " in message
 
 
-def test_other_data_are_refused_when_a_run_goes_on(latents, folder, tmp_path, capsys):
+def test_other_data_are_refused_when_a_run_goes_on(trained, folder, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run("train", f"latents:{latents}", "--out", out, *SMALL, "--steps", 2) == 0
+    shutil.copytree(trained[0], out)
+    config = json.loads((out / "config.json").read_text())
+    config["settings"]["vae"] = None
+    (out / "config.json").write_text(json.dumps(config))
     message = error_of(capsys, "train", "digits", "--out", out, "--resume")
     assert "is not what the run was begun with" in message
     assert "--vae" in error_of(capsys, "sample", out, "--labels", "0")
@@ -262,35 +270,21 @@ def test_a_run_to_which_something_happens(tmp_path, name):
     assert not incidents.INCIDENTS[name](tmp_path).startswith("WRONG")
 
 
-def test_a_trace_is_whole_even_if_the_run_ends_within_it(tmp_path, capsys):
-    out = tmp_path / "run"
-    words = ("train", "digits", "--out", out)
-    assert "not among the steps to do, 1 to 3" in error_of(
-        capsys, *words, *SMALL, "--steps", 3, "--profile", 4
-    )
-    assert not out.exists()
-    assert run(*words, *SMALL, "--steps", 3, "--profile", 2) == 0
-    (trace,) = (out / "profile").rglob("*.xplane.pb")
-    assert trace.stat().st_size
-    message = error_of(capsys, *words, "--resume", "--steps", 5, "--profile", 3)
-    assert "profile=3 is not among the steps to do, 4 to 5" in message
-
-
-def test_a_save_that_fails_stops_the_run_or_not(tmp_path, capsys, monkeypatch):
+def test_a_save_that_fails_stops_the_run_or_not(trained, latents, tmp_path, capsys, monkeypatch):
     """Of one host's saves the newest fails: after the fact, as asynchronous ones do."""
     wait = Checkpoints.wait
 
     def broken(self):
-        failed = self._saving == 6
+        failed = self._saving == 2
         wait(self)
         if failed:
-            raise CheckpointError("the checkpoint of step 6 could not be saved")
+            raise CheckpointError("the checkpoint of step 2 could not be saved")
 
     monkeypatch.setattr(Checkpoints, "wait", broken)
-    words = ("train", "digits", *SMALL, "--out")
-    assert "step 6 could not" in error_of(capsys, *words, tmp_path / "stop")
+    words = ("train", f"latents:{latents}", *SMALL, "--steps", 2, "--out")
+    assert "step 2 could not" in error_of(capsys, *words, tmp_path / "stop")
     assert run(*words, tmp_path / "warn", "--save-errors", "warn") == 0
-    assert "step 6 could not" in capsys.readouterr().err
+    assert "step 2 could not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

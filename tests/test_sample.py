@@ -4,27 +4,31 @@ import subprocess
 import zipfile
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from commands import error_of, run
 from helpers import COMMAND, published, tiny, with_devices
 from hypothesis import given, settings, strategies as st
-from test_cli import error_of, run
 
 import equidit as edt
 from benchmarks import uneven
 from equidit import cli, diffusion as dfn, pretrained
 from equidit.cli.npz import random_labels, to_bytes
 from equidit.runs import sampling
+from equidit.runs.process import Diffusion
 
-STEPS = ("--steps", 3)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+# The same in all tests: they share one compiled program.
+STEPS = ("--steps", 3, "--guidance-scale", 4.0, "--guidance-channels", 3)
 HEADS = ("--num-heads", 4)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, compile_quickly):
     """Options that name small published files."""
     weights, vae = published(tmp_path_factory.mktemp("published"))
     return ("--weights", weights, "--vae", vae, *HEADS)
@@ -49,8 +53,7 @@ def by_hand(files, labels, seed=0, scale=4.0):
 
 def test_picture_of_published_weights(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    guidance = ("--guidance-scale", 4.0, "--guidance-channels", 3)
-    assert run("sample", *files, *STEPS, *guidance, "--labels", "2,7") == 0
+    assert run("sample", *files, *STEPS, "--labels", "2,7") == 0
     name = capsys.readouterr().out.strip()
     assert name == "sample-ddpm3-scale4-seed0.png"
     # Two rows of 32 pixels enlarged to 64, with gaps and a margin for the names.
@@ -59,9 +62,8 @@ def test_picture_of_published_weights(files, tmp_path, monkeypatch, capsys):
 
 def test_npz_holds_the_paper_s_samples(files, tmp_path):
     out = tmp_path / "samples.npz"
-    guidance = ("--guidance-scale", 4.0, "--guidance-channels", 3)
     options = ("--npz", "--count", 5, "--labels", "2,7", "--batch-size", 1, "--out", out)
-    assert run("sample", *files, *STEPS, *guidance, *options) == 0
+    assert run("sample", *files, *STEPS, *options) == 0
     archive = np.load(out)
     assert archive.files == ["arr_0", "arr_1"]
     images, labels = archive["arr_0"], archive["arr_1"]
@@ -75,9 +77,7 @@ def test_npz_holds_the_paper_s_samples(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
 
 
-@given(st.integers(1, 23), st.integers(1, 9))
-@settings(derandomize=True, deadline=None, max_examples=6)
-def test_uneven_counts_are_as_the_plain_loop(uneven_files, count, size):
+def uneven_counts(uneven_files, count, size):
     out = uneven_files / f"{count}-{size}.npz"
     for what, path in (("sample", out), ("encode", out.with_suffix(""))):
         if path.exists():
@@ -89,8 +89,21 @@ def test_uneven_counts_are_as_the_plain_loop(uneven_files, count, size):
         assert uneven.rows_that_differ(found, expected) == 0
 
 
+@pytest.mark.parametrize("count", [1, 11, 17])
+def test_uneven_counts_are_as_the_plain_loop(uneven_files, count):
+    """Less than a batch, less than one for each device, and a second go that is hardly filled."""
+    uneven_counts(uneven_files, count, 2)
+
+
+@pytest.mark.slow
+@given(st.integers(1, 23), st.integers(1, 9))
+@settings(derandomize=True, deadline=None, max_examples=6)
+def test_other_counts_are_as_the_plain_loop(uneven_files, count, size):
+    uneven_counts(uneven_files, count, size)
+
+
 @pytest.fixture(scope="module")
-def uneven_files(tmp_path_factory):
+def uneven_files(tmp_path_factory, compile_quickly):
     folder = tmp_path_factory.mktemp("uneven")
     uneven.make_files(folder)
     return folder
@@ -137,10 +150,9 @@ def test_devices_and_batches(files, tmp_path):
 
 def test_draw_fills_up_and_cuts_off():
     network = tiny()
-    schedule = dfn.Schedule(dfn.linear_betas(), (0, 500, 999))
     drawn = sampling.Sampling(
         network,
-        schedule,
+        Diffusion(3),
         null=10,
         guidance_scale=2.0,
         sampler="ddim",
@@ -150,8 +162,9 @@ def test_draw_fills_up_and_cuts_off():
     labels = np.arange(11) % 10
     images = sampling.draw(drawn, labels, batch_size=2)
     assert images.shape == (11, 1, 8, 8)
+    one = eqx.filter_jit(drawn.one)
     for index in (0, 10):
-        alone = drawn.one(jnp.asarray(labels[index]), jnp.asarray(index))
+        alone = one(jnp.asarray(labels[index]), jnp.asarray(index))
         np.testing.assert_allclose(images[index], alone, atol=1e-5)
     assert np.abs(images[0] - images[10]).max() > 0.1
 
@@ -159,20 +172,20 @@ def test_draw_fills_up_and_cuts_off():
 def test_interrupted_npz_goes_on_only_with_the_same_settings(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "samples.npz"
     common = ("sample", *files, *STEPS, "--npz", "--out", out, "--count", 12, "--batch-size", 1)
-    whole, write = [], sampling.np.split
+    whole, many = [], sampling._many
 
     def interrupted(*arguments):
         whole.append(1)
         if len(whole) > 1:
             raise KeyboardInterrupt
-        return write(*arguments)
+        return many(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("equidit.runs.sampling.np.split", interrupted)
+        patch.setattr("equidit.runs.sampling._many", interrupted)
         assert run(*common) == 130
     assert "go on if given again" in capsys.readouterr().err
     message = error_of(capsys, *common, "--seed", 1, "--guidance-scale", 2)
-    assert "guidance_scale=2.0 (was 1.5)" in message
+    assert "guidance_scale=2.0 (was 4.0)" in message
     assert "seed=1 (was 0)" in message
     assert not out.exists()
     assert run(*common) == 0
@@ -231,7 +244,7 @@ def test_of_several_networks_one_is_selected(files, tmp_path, capsys):
     assert "select='a' is no network" in error_of(capsys, *options, "--select", "a")
     pictures = []
     for name, weights in (("model.", path), ("ema.", path), ("", files[1])):
-        out = tmp_path / f"of-{name}.png"
+        out = tmp_path / "new" / f"of-{name}.png"
         selected = ("--select", name) if name else ()
         assert run(*options, "--weights", weights, *selected, "--out", out) == 0
         pictures.append(matplotlib.image.imread(out))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, and fingerprints of trees."""
+"""Files that are whole or absent, locks, records, and fingerprints of trees."""
 
 import resource
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from equidit._base.disk import append, locked, replace, replacing
+from equidit._base.records import checksum, differences, plain
 from equidit.checkpoint import fingerprint
 
 
@@ -51,6 +52,17 @@ def test_a_lock_is_held_by_one(tmp_path):
         pass
     with locked(tmp_path / "lock"):
         pass
+
+
+def test_records_are_plain_and_their_differences_named():
+    was = plain({"seed": 0, "shape": (1, 2), "gone": None, 3: "x"})
+    assert was == {"seed": 0, "shape": [1, 2], "gone": None, "3": "x"}
+    assert checksum(was) == checksum(dict(reversed(was.items()))) == "bd397e10"
+    assert differences(was, was) == differences({"a": 1}, {"a": 1, "gone": None}) == ""
+    now = was | {"seed": 1, "new": 2}
+    assert differences(now, was) == "new=2 (was None), seed=1 (was 0)"
+    with pytest.raises(ValueError, match="must be plain data"):
+        plain({"a": object()})
 
 
 def test_fingerprints_of_trees():

@@ -138,7 +138,9 @@ def examples(count):
 @jax.jit
 def validation_terms(image, label, index):
     """One example's losses at a step of each quartile, as the command says that they are."""
-    _, step_key, noise_key = jax.random.split(jax.random.fold_in(Settings().key(2), index), 3)
+    _, step_key, noise_key = jax.random.split(
+        jax.random.fold_in(Settings().key("validate"), index), 3
+    )
     t = jax.random.randint(step_key, (4,), 0, 250) + jnp.arange(0, 1000, 250)
     noise = jax.random.normal(noise_key, (4, *image.shape))
     return [

@@ -1,6 +1,5 @@
 """The arrays of a tree by name, and a hash of each that is the same on every mesh."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
+from .._base.records import crc32
 from .._base.trees import named
 
 
@@ -79,4 +79,4 @@ def fingerprint(tree: Any) -> str:
     arrays = {name: jnp.asarray(leaf) for name, leaf in named(tree).items()}
     hashes = fingerprints(arrays) if arrays else {}
     lines = [f"{name} {arrays[name].dtype} {arrays[name].shape} {h}" for name, h in hashes.items()]
-    return f"{zlib.crc32(chr(10).join(lines).encode()):08x}"
+    return crc32("\n".join(lines).encode())

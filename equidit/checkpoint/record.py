@@ -1,10 +1,11 @@
 """What a checkpoint says of itself, beside its arrays."""
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .._base.records import checksum, plain
 
 FORMAT = 1
 
@@ -111,22 +112,10 @@ class Record:
             )
 
 
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples as lists, keys as strings. `ValueError` if that cannot be."""
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError as error:
-        raise ValueError(f"data and config must be plain data, for JSON: {error}") from error
-
-
 def _describes_array(array: Any) -> bool:
     """Whether it is a dtype, a shape and a fingerprint."""
     kinds = [str, list, str]
     return isinstance(array, list) and [type(part) for part in array] == kinds
-
-
-def checksum(content: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

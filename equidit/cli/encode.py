@@ -2,11 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from .. import pretrained
 from ..data.images import Small, image_folder, left_out
-from .encoding import encode
+from .encoding import Dtype, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Encode:
     """What to do with pictures that are smaller."""
     skip_corrupt: bool = False
     """Count damaged pictures rather than stop at the first."""
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the latents on disk; float16 halves them."""
     batch_size: int = 8
     """Pictures at a time on a device."""

@@ -2,11 +2,10 @@
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -17,16 +16,21 @@ from jaxtyping import Array
 
 from .._base.common import check_positive, extra
 from .._base.disk import replace
+from .._base.parts import DATA
+from .._base.records import crc32
 from ..checkpoint import fingerprint
 from ..data.images import ImageError, ImageFolder, Small, read_image
 from ..data.latents import FORMAT, SKIPPED, open_latents
 from ..seams import StrPath
 from ..train.sharding import replicated
 from ..vae import Autoencoder
-from .resumable import Partial
+from .resumable import Unfinished
 
 with extra("train"):
     from tqdm import tqdm
+
+
+Dtype = Literal["float32", "float16"]
 
 
 def encode(
@@ -37,7 +41,7 @@ def encode(
     size: int,
     small: Small = "refuse",
     skip_corrupt: bool = False,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> list[str]:
@@ -70,7 +74,7 @@ def encode(
     settings = {
         "format": FORMAT,
         "autoencoder": fingerprint(vae),
-        "pictures": f"{zlib.crc32(os.fsencode(names)):08x}",
+        "pictures": crc32(os.fsencode(names)),
         "count": count,
         "size": size,
         "small": small,
@@ -81,7 +85,7 @@ def encode(
     latent = eqx.filter_eval_shape(vae.encode, jax.ShapeDtypeStruct((3, size, size), np.float32))
     moments = (count, 2, *latent.mean.shape), dtype
     arrays = {"mean": moments, "std": moments, "label": ((count,), "int32")}
-    work = Partial(out)
+    work = Unfinished(out)
     if not overwrite and (info := _finished(out, settings)):
         work.tidy()
         return info.get("skipped", [])
@@ -150,11 +154,11 @@ def _encoded(
     batch_size: int,
 ) -> Iterator[tuple[list[np.ndarray | None], np.ndarray, np.ndarray]]:
     """Pictures and moments of groups of rows, one group a device; reads ahead while it encodes."""
-    devices = jax.local_devices()[: len(groups)]
-    parts = [groups[i : i + len(devices)] for i in range(0, len(groups), len(devices) or 1)]
-    if not parts:
+    if not groups:
         return
-    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    devices = jax.local_devices()
+    parts = [groups[i : i + len(devices)] for i in range(0, len(groups), len(devices))]
+    mesh = jax.make_mesh((len(devices),), (DATA,), (AxisType.Auto,), devices=devices)
     vae = replicated(vae, mesh)
     with ThreadPoolExecutor() as pool:
 
@@ -165,6 +169,7 @@ def _encoded(
         for following in [*parts[1:], []]:
             pictures = [[future.result() for future in group] for group in ahead]
             ahead = begin(following)
+            # Every device encodes `batch_size`, whatever is asked of it: one program serves all.
             pixels = np.zeros((len(devices), batch_size, *shape), np.uint8)
             for i, group in enumerate(pictures):
                 for j, picture in enumerate(group):
@@ -190,7 +195,7 @@ def _moments(vae: Autoencoder, mesh: Any, pixels: Array) -> tuple[Array, Array]:
         moments = jax.lax.map(one, flat)
         return jax.tree.map(lambda m: m.reshape(-1, 2, *m.shape[1:]), moments)
 
-    replicated, shared = PartitionSpec(), PartitionSpec("data")
+    replicated, shared = PartitionSpec(), PartitionSpec(DATA)
     return jax.shard_map(local, mesh=mesh, in_specs=(replicated, shared), out_specs=shared)(
         vae, pixels
     )

@@ -1,9 +1,7 @@
 """Many samples into the file that ADM's evaluator reads."""
 
-import json
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ from jaxtyping import Float, Int, Integer, UInt8
 
 from .._base.common import check_positive, extra
 from .._base.disk import replacing
-from ..runs.sampling import Sampling, batches, group_of
+from .._base.records import checksum
+from ..runs.sampling import Sampling, batches
 from ..seams import PRNGKey, StrPath
-from .resumable import Partial
+from .resumable import Unfinished
 
 with extra("train"):
     from tqdm import tqdm
@@ -50,7 +49,7 @@ def write_npz(
         sampling.many, *(jax.ShapeDtypeStruct((1,), np.int32),) * 2
     ).shape[1:]
     arrays = {"arr_0": ((len(labels), height, width, channels), np.uint8)}
-    work = Partial(path)
+    work = Unfinished(path)
     settings = record | {"batch_size": batch_size, "format": FORMAT}
     if not overwrite and _made_with(path) == _mark(settings):
         work.finish_file()
@@ -59,11 +58,10 @@ def write_npz(
         todo = work.remaining()
         done = len(labels) - sum(len(work.rows(group)) for group in todo)
         with tqdm(total=len(labels), initial=done, unit="image") as bar:
-            images = batches(sampling, [group_of(labels, group, batch_size) for group in todo])
+            images = batches(sampling, labels, [work.rows(group) for group in todo], batch_size)
             for group, drawn in zip(todo, images, strict=True):
-                rows = work.rows(group)
-                work.write(group, arr_0=to_bytes(drawn[: len(rows)]))
-                bar.update(len(rows))
+                work.write(group, arr_0=to_bytes(drawn))
+                bar.update(len(drawn))
         work.check_complete()
         _wrap(work.array_path("arr_0"), labels, path, _mark(settings))
         work.finish_file()
@@ -87,7 +85,7 @@ def to_bytes(
 
 def _mark(settings: dict[str, Any]) -> bytes:
     """What tells a file that was made with these settings from others."""
-    return b"equidit %08x" % zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    return f"equidit {checksum(settings)}".encode()
 
 
 def _made_with(path: Path) -> bytes | None:

@@ -12,10 +12,11 @@ import numpy as np
 
 from .._base.common import check_positive
 from .._base.disk import locked, mapped, replace
+from .._base.records import differences, plain
 from ..seams import StrPath
 
 
-class Partial:
+class Unfinished:
     """A folder of unfinished arrays, beside the place where the result will be.
 
     A group that was marked as done is on disk, whatever happens to the process; any other is made
@@ -65,10 +66,11 @@ class Partial:
         groups = -(-count // size)
         # Before format 2 a group could lie in rows that were another's.
         settings = settings | {"format of unfinished work": 2}
-        other = self._check(settings, overwrite)
+        # What is refused leaves nothing; only what is found under the lock stays as it is.
+        self._check(settings, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self._lock):
-            if other:
+            if self._check(settings, overwrite):
                 for path in (self._settings, self._done, *self.folder.glob("*.npy")):
                     path.unlink(missing_ok=True)
             if not self._settings.exists():
@@ -115,16 +117,14 @@ class Partial:
                     raise ValueError("it is no JSON object")
             except (ValueError, RecursionError) as error:
                 raise self._damaged("settings.json", f": {error}") from error
-            now = json.loads(json.dumps(settings))
-            differ = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
+            differ = differences(plain(settings), saved)
             # Ours has `done`, made before its settings: what lacks it is not ours to delete.
             begun = self._done.read_bytes() if self._done.is_file() else None
             if differ and begun is not None and (overwrite or not any(begun)):
                 saved, other = None, True
             elif differ:
-                listed = ", ".join(f"{n}={now.get(n)} (was {saved.get(n)})" for n in differ)
                 raise ValueError(
-                    f"{self.folder} was begun with other settings: {listed}. Go on with those, "
+                    f"{self.folder} was begun with other settings: {differ}. Go on with those, "
                     "begin anew (--overwrite), or choose another --out"
                 )
         if self.result.exists() and not overwrite and not (saved and self.complete()):

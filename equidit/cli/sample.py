@@ -1,6 +1,7 @@
 """`equidit sample`."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,14 @@ from .._base.texts import choose_from
 with extra("train"):
     import tyro
 
-from .. import diffusion as dfn
 from ..checkpoint import fingerprint
 from ..data import check_labels
 from ..runs import report
-from ..runs.sampling import Sampler, Sampling, draw
-from ..runs.settings import SCHEDULE_STEPS
+from ..runs.process import Sampler
+from ..runs.sampling import Sampling, draw
 from ..train import cast
 from .npz import random_labels, write_npz
-from .sources import Drawable, of_run, of_weights
+from .sources import Arithmetic, Drawable, of_run, of_weights
 
 _Labels = Annotated[
     tuple[str, ...],
@@ -60,7 +60,7 @@ class Sample:
     """Attention heads of published weights, where nothing tells."""
     select: str | None = None
     """Of several networks in a file of weights, which one: the error for such a file lists them."""
-    arithmetic: Literal["official", "diffusers"] | None = None
+    arithmetic: Arithmetic | None = None
     """What published weights are computed in; to be given for a folder of diffusers'."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in."""
@@ -83,8 +83,9 @@ class Sample:
     """Of the noise. The same seed gives the same images."""
     npz: bool = False
     """Write all images into one .npz file."""
-    count: int = 50_000
-    """With --npz: how many images. Labels that are given are gone through again and again."""
+    count: int | None = None
+    """With --npz: how many images, by default 50,000. Labels that are given are gone through again
+    and again."""
     batch_size: int = 32
     """Images at a time on a device."""
     out: Path | None = None
@@ -99,16 +100,20 @@ def sample_command(command: Sample) -> None:
             check_positive(**{name: value})
     if (command.run is None) == (command.weights is None):
         raise ValueError("give either a run's folder, or --weights")
+    if command.npz and command.per_label is not None:
+        raise ValueError("--per-label belongs to a picture, not to --npz: give --count")
+    unused = [name for name in ("count", "overwrite") if getattr(command, name)]
+    if unused and not command.npz:
+        raise ValueError(f"--{unused[0]} belongs to --npz: a picture has --labels and --per-label")
     source = _source_of(command)
     sampler = command.sampler or ("ddpm" if source.published else "ddim")
     given = None if command.labels is None else numbers_of(command.labels, source.classes)
     labels = _labels_of(command, given, source)
     check_labels(labels, source.num_classes)
-    steps = dfn.space_timesteps(SCHEDULE_STEPS, command.steps)
     network = source.network
     sampling = Sampling(
         network if command.dtype == "float32" else cast(network, command.dtype),
-        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), steps),
+        source.process.spaced(command.steps),
         null=source.num_classes,
         guidance_scale=command.guidance_scale,
         guidance_channels=command.guidance_channels,
@@ -119,9 +124,11 @@ def sample_command(command: Sample) -> None:
     )
     name = f"sample-{sampler}{command.steps}-scale{command.guidance_scale:g}-seed{command.seed}"
     path = command.out or (command.run or Path()) / f"{name}{'.npz' if command.npz else '.png'}"
+    _check_writable(path)
     if command.npz:
-        named = ("count", "steps", "guidance_scale", "guidance_channels", "seed", "dtype")
+        named = ("steps", "guidance_scale", "guidance_channels", "seed", "dtype")
         record = {name: getattr(command, name) for name in named} | {
+            "count": len(labels),
             "labels": given,
             "network": fingerprint(network),
             "decoder": fingerprint(source.decoder),
@@ -143,6 +150,15 @@ def sample_command(command: Sample) -> None:
         names = [source.classes[label] for label in of_rows] if source.classes else of_rows
         report.grid(path, rows, names)
     print(path)
+
+
+def _check_writable(path: Path) -> None:
+    """`OSError` if no file can be put there, before any work is done for it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another --out, a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written to: choose another --out")
 
 
 def _source_of(command: Sample) -> Drawable:
@@ -200,7 +216,8 @@ def _labels_of(command: Sample, given: list[int] | None, source: Drawable) -> np
     if not command.npz:
         rows = range(min(10, source.num_classes)) if given is None else given
         return np.repeat(np.asarray(rows, np.int32), _per_label(command, source))
+    count = command.count or 50_000
     if given is None:
         key = jax.random.fold_in(jax.random.key(command.seed), 1)
-        return random_labels(command.count, source.num_classes, key)
-    return np.resize(np.asarray(given, np.int32), command.count)
+        return random_labels(count, source.num_classes, key)
+    return np.resize(np.asarray(given, np.int32), count)

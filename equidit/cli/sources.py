@@ -1,14 +1,16 @@
 """What `equidit sample` draws from: a run's folder, or published weights."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import pretrained
 from ..pretrained.transformer import Arithmetic
 from ..runs import task
 from ..runs.folder import Folder
+from ..runs.process import Diffusion, Process
 from ..runs.state import restore_ema
-from ..seams import StrPath
+from ..seams import Network, StrPath
+from ..vae import Autoencoder
 
 
 class Drawable(NamedTuple):
@@ -16,7 +18,8 @@ class Drawable(NamedTuple):
 
     **Fields:**
 
-    - `network`: predicts noise under the linear schedule of 1000 steps.
+    - `network`: what predicts.
+    - `process`: that it was trained for.
     - `decoder`: the autoencoder of its latents; `None` for a network of images.
     - `shape`: of what it takes.
     - `num_classes`: also the null label.
@@ -24,8 +27,9 @@ class Drawable(NamedTuple):
     - `published`: whether it is published weights rather than a run.
     """
 
-    network: Any
-    decoder: Any
+    network: Network
+    process: Process
+    decoder: Autoencoder | None
     shape: tuple[int, int, int]
     num_classes: int
     classes: tuple[str, ...]
@@ -41,11 +45,17 @@ def of_run(path: StrPath, vae: str | None = None) -> Drawable:
     """
     settings, about = Folder(Path(path)).read()
     decoder = task.decoder(settings, about, vae)
-    if about.autoencoder is not None and decoder is None:
+    if about.latents and decoder is None:
         raise ValueError(f"{path} makes latents: give their autoencoder's folder (--vae DIR)")
     network = restore_ema(path)
     return Drawable(
-        network, decoder, about.shape, about.num_classes, about.classes, published=False
+        network,
+        settings.process,
+        decoder,
+        about.shape,
+        about.num_classes,
+        about.classes,
+        published=False,
     )
 
 
@@ -111,4 +121,4 @@ def of_weights(
         )
     network = published.load(arithmetic=arithmetic)
     shape = (channels, size // factor, size // factor)
-    return Drawable(network, decoder, shape, config.num_classes, (), published=True)
+    return Drawable(network, Diffusion(), decoder, shape, config.num_classes, (), published=True)

@@ -58,18 +58,18 @@ class Train(Settings):
         _, path = self.source
         return Folder(self.out or Path("runs") / (path.resolve().name if path else self.data))
 
+    def preset(self) -> "Train":
+        """What holds where nothing is given: of a run to go on with its own settings, else those
+        of the kind of data."""
+        if not self.resume:
+            return Train(data=self.data, **defaults(self.data))
+        if self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        saved, _ = self.folder.read()
+        return Train(**saved.record())
 
-def preset(words: list[str]) -> Train:
-    """The defaults for the kind of data that the words name."""
-    named = [word for word in words[1:2] if not word.startswith("-")]
-    if words[:1] != ["train"] or not named:
-        return Train()
-    return Train(data=named[0], **defaults(named[0]))
 
-
-def train_command(command: Train, given: set[str]) -> int:
-    if command.resume and command.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
+def train_command(command: Train) -> int:
     if command.distributed or command.coordinator is not None:
         hosts.initialize(
             command.coordinator,
@@ -91,7 +91,6 @@ def train_command(command: Train, given: set[str]) -> int:
         folder,
         resume=command.resume,
         overwrite=command.overwrite,
-        given=given,
         profile=command.profile,
     )
     if hosts.is_main():

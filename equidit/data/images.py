@@ -257,7 +257,7 @@ def _square(path: StrPath, size: int, small: Small) -> np.ndarray:
     if min(image.size) < size and small == "refuse":
         raise ImageError(
             f"{path} has {image.width}x{image.height} pixels, less than {size}x{size}: take a "
-            "smaller --size, remove it, or have such pictures enlarged (--small enlarge)"
+            "smaller size, remove it, or have such pictures enlarged (small='enlarge')"
         )
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -12,8 +12,8 @@ from beartype.door import is_bearable
 
 from .._base.disk import replace
 from .._base.texts import brief
+from .kinds import About
 from .settings import Settings
-from .task import About
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,13 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 from .. import hosts
 from .._base.common import extra
 from .._base.disk import append
+from ..configs import Config, num_macs
+from ..devices import peak_flops
 from .folder import Folder
 
 with extra("train"):
@@ -47,19 +51,19 @@ class Log:
         self.waited += waited
         self.bar.update()
 
-    def rates(self, flops: float | None) -> dict[str, float | None]:
+    def rates(self, ideal_seconds: float | None) -> dict[str, float | None]:
         """Images a second, the share of time spent waiting for data, and the use of the devices.
 
         **Arguments:**
 
-        - `flops`: of an image, over what all devices could do at best; `None` if not known.
+        - `ideal_seconds`: that an image takes at best; `None` if not known.
         """
         seconds = max(time.perf_counter() - self.since, 1e-9)
         rate = self.count * self.batch_size / seconds
         rates = {
             "images_per_second": rate,
             "data_wait": self.waited / seconds,
-            "mfu": None if flops is None else rate * flops,
+            "mfu": None if ideal_seconds is None else rate * ideal_seconds,
         }
         self.restart()
         return rates
@@ -96,3 +100,16 @@ def tell(message: str) -> None:
     """Says something beside the progress bar."""
     if hosts.is_main():
         tqdm.write(f"equidit: {message}", file=sys.stderr)
+
+
+def ideal_seconds(config: Config, height: int, width: int) -> float | None:
+    """Seconds that an image takes in training if all devices do what they can do at best.
+
+    `None`, which is told, if that is not known of them.
+    """
+    peak = peak_flops()
+    if peak is None:
+        tell(f"the peak of {jax.devices()[0].device_kind} is not known: MFU is left out")
+        return None
+    # Forward, and backward at twice that; two FLOPs a multiply-add.
+    return 6 * num_macs(config, height, width) / (peak * jax.device_count())

@@ -4,50 +4,30 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from .. import diffusion as dfn, hosts
+from .. import hosts
 from .._base.disk import locked, replace
+from .._base.records import plain
 from ..checkpoint import CheckpointError, Checkpoints
-from ..configs import num_macs
-from ..data import Images, batches, digits
-from ..devices import peak_flops
-from ..train import TrainState, ema_warmup, make_train_step
+from ..data import Images, batches
+from ..train import TrainState
 from . import report
 from .folder import Folder
-from .log import Log, tell
+from .log import Log, ideal_seconds, tell
 from .sampling import sample
-from .settings import SCHEDULE_STEPS, Settings
-from .state import new_state, optimizer, state_like
+from .settings import Settings
+from .state import new_state, state_like, training_step
 from .task import Task, decoder, load
-from .validation import hybrid_loss, validation
+from .validation import validation
 from .watch import Guard, Interrupts, Trace
-
-# What may change when a run goes on; the rest would make it another run.
-_FREE = {
-    "data",
-    "steps",
-    "log_every",
-    "sample_every",
-    "keep_last",
-    "keep_every",
-    "workers",
-    "vae",
-    "sharding",
-    "remat",
-    "guidance_scale",
-    "sampling_steps",
-    "max_skipped",
-    "save_errors",
-}
 
 
 def train(
@@ -56,13 +36,17 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    given: Collection[str] = (),
     profile: int | None = None,
 ) -> bool:
     """Trains to the end, or until it is asked to stop: whether it got to the end.
 
-    A run that is resumed keeps its saved settings; `given` names those of `settings` that were
-    asked for nevertheless. `profile` is a step from which on five are traced.
+    **Arguments:**
+
+    - `settings`, `folder`: what is computed, and where it is kept.
+    - `resume`: whether to go on with the run in the folder, from whose settings these may differ
+        where that does not make it another run.
+    - `overwrite`: whether to start over in the folder of another run.
+    - `profile`: a step from which on five are traced.
 
     **Raises:**
 
@@ -73,7 +57,7 @@ def train(
     saved_about = None
     if resume:
         saved, saved_about = folder.read()
-        settings = _merge(settings, saved, given)
+        settings.check_resumes(saved)
     else:
         folder.check(overwrite=overwrite)
     task = load(settings)
@@ -88,10 +72,15 @@ def train(
         # What is wrong is said before a file is written.
         run.check()
         Trace(folder, profile, 0, settings.steps)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every process has checked the folder")
+    _all_say("every process has checked the folder")
     with run.opened(overwrite=overwrite) as state:
         return run.train(state, profile)
+
+
+def _all_say(what: str) -> None:
+    """Of several hosts, each waits for the others to be as far."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 class _Run:
@@ -106,17 +95,7 @@ class _Run:
                 "one: --sharding replicated trains on it, whatever the run was begun with"
             )
         self.decoder = decoder(settings, task.about)
-        schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
-        self.step = make_train_step(
-            hybrid_loss(schedule, task.about.num_classes, settings.label_dropout),
-            optimizer(settings),
-            ema_decay=ema_warmup(settings.ema_decay),
-            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
-            mesh=self.mesh,
-            sharding=settings.sharding,
-            accumulate=settings.accumulate,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        self.step = training_step(settings, task.about, self.mesh)
 
     def stream(self, start: int) -> Any:
         """The batches from a step on: this process's share."""
@@ -138,7 +117,7 @@ class _Run:
         size = self.settings.batch_size
         clean: Any = jax.ShapeDtypeStruct((size, *about.shape), np.float32)
         label: Any = jax.ShapeDtypeStruct((size,), np.int32)
-        eqx.filter_eval_shape(self.step, like, Images(clean, label), self.settings.key(1))
+        eqx.filter_eval_shape(self.step, like, Images(clean, label), self.settings.key("train"))
 
     @contextlib.contextmanager
     def opened(self, *, overwrite: bool) -> Iterator[TrainState]:
@@ -153,8 +132,7 @@ class _Run:
                 if not folder.config.exists():
                     # Before all else: with it a run that is killed from here on can go on.
                     folder.begin(settings, about, 0)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("the folder is ready")
+            _all_say("the folder is ready")
             self.checkpoints = stack.enter_context(
                 Checkpoints(
                     folder.checkpoints,
@@ -181,13 +159,14 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        fixed = {n: v for n, v in self.settings.record().items() if n not in _FREE}
-        return json.loads(json.dumps(fixed | dataclasses.asdict(self.task.about)))
+        return plain(self.settings.fixed() | dataclasses.asdict(self.task.about))
 
     def train(self, state: TrainState, profile: int | None) -> bool:
         settings, folder = self.settings, self.folder
-        start, key = int(state.step), settings.key(1)
-        flops = self._flops()
+        start, key = int(state.step), settings.key("train")
+        about = self.task.about
+        config = settings.network(about.shape[0], about.num_classes)
+        ideal = ideal_seconds(config, *about.shape[1:])
         guard = Guard()
         corrupt = 0
         trace = Trace(folder, profile, start, settings.steps)
@@ -226,7 +205,7 @@ class _Run:
                 if save or done % settings.log_every == 0:
                     names = ("loss", "grad_norm", "param_norm")
                     row = {name: float(metrics[name]) for name in names}
-                    row |= log.rates(flops) | {"skipped": guard.count(), "corrupt": corrupt}
+                    row |= log.rates(ideal) | {"skipped": guard.count(), "corrupt": corrupt}
                     corrupt = 0
                     with self._saving():
                         log.write(done, row)
@@ -274,15 +253,15 @@ class _Run:
                 raise
             tell(str(error))
 
-    def _picture(self, state: TrainState, columns: int = 10) -> None:
+    def _picture(self, state: TrainState) -> None:
         """Samples of the first ten classes, a row each."""
         about = self.task.about
-        if about.autoencoder is not None and self.decoder is None:
+        if about.latents and self.decoder is None:
             return
         ema = hosts.gathered(state.ema, self.mesh)
         if hosts.is_main():
             rows = min(10, about.num_classes)
-            columns = 10 if self.decoder is None else 4
+            columns = 4 if about.latents else 10
             labels = np.repeat(np.arange(rows), columns)
             images = sample(self.settings, about, ema, labels, self.decoder)
             images = images.reshape(rows, columns, *images.shape[1:])
@@ -293,24 +272,15 @@ class _Run:
         row = validation(self.settings, state, self.task.held_out, self.mesh)
         figures = {"step": int(state.step)} | row
         self._picture(state)
-        if self.settings.data == "digits":
+        if (judge := self.settings.kind.judge) is not None:
             ema = hosts.gathered(state.ema, self.mesh)
             if hosts.is_main():
-                label = np.arange(500, dtype=np.int32) % self.task.about.num_classes
-                images = Images(sample(self.settings, self.task.about, ema, label), label)
-                figures |= report.quality(images, *digits())
+                count = self.settings.report_samples
+                label = np.arange(count, dtype=np.int32) % self.task.about.num_classes
+                images = sample(self.settings, self.task.about, ema, label)
+                figures |= judge(Images(images, label))
         if hosts.is_main():
             replace(self.folder.report, json.dumps(figures, indent=2) + "\n")
-
-    def _flops(self) -> float | None:
-        """FLOPs of an image in training, over what all devices could do in a second at best."""
-        about, peak = self.task.about, peak_flops()
-        if peak is None:
-            tell(f"the peak of {jax.devices()[0].device_kind} is not known: MFU is left out")
-            return None
-        macs = num_macs(self.settings.network(about.shape[0], about.num_classes), *about.shape[1:])
-        # Forward, and backward at twice that; two FLOPs a multiply-add.
-        return 6 * macs / (peak * jax.device_count())
 
     def _not_finite(self, done: int, metrics: dict[str, Array]) -> str:
         steps = self.checkpoints.steps()
@@ -321,16 +291,3 @@ class _Run:
             f"a row, none of which touched the weights: try a lower --learning-rate. The last good "
             f"checkpoint is {last}"
         )
-
-
-def _merge(settings: Settings, saved: Settings, given: Collection[str]) -> Settings:
-    """The saved settings, with what may change in mid-run as given."""
-    changed = {
-        name: getattr(settings, name)
-        for name in settings.record().keys() & set(given)
-        if getattr(settings, name) != getattr(saved, name)
-    }
-    if fixed := changed.keys() - _FREE:
-        listed = ", ".join(f"{n}={changed[n]} (was {getattr(saved, n)})" for n in sorted(fixed))
-        raise ValueError(f"a run goes on with its own settings; these differ: {listed}")
-    return dataclasses.replace(saved, **changed)

@@ -1,8 +1,7 @@
 """Guided samples, each belonging to its index, spread over all devices of this host."""
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,31 +10,29 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from .. import diffusion as dfn
-from ..guidance import guide
+from .._base.parts import DATA
 from ..seams import Network, PRNGKey
 from ..train.sharding import replicated
-from .settings import SCHEDULE_STEPS, Settings
-from .task import About
-
-Sampler = Literal["ddim", "ddpm"]
-_STEPS = {"ddim": dfn.ddim_step, "ddpm": partial(dfn.ddpm_step, variance="learned")}
+from ..vae import Autoencoder
+from .kinds import About
+from .process import Process, Sampler
+from .settings import Settings
 
 
 class Sampling(eqx.Module):
     """All that a sample depends on, but its label and its index."""
 
-    network: Any
-    schedule: dfn.Schedule
+    network: Network
+    process: Process
     key: PRNGKey
-    decoder: Any
-    sampler: str = eqx.field(static=True)
+    decoder: Autoencoder | None
+    sampler: Sampler = eqx.field(static=True)
     shape: tuple[int, int, int] = eqx.field(static=True)
 
     def __init__(
         self,
         network: Network,
-        schedule: dfn.Schedule,
+        process: Process,
         *,
         null: int,
         guidance_scale: float,
@@ -43,11 +40,11 @@ class Sampling(eqx.Module):
         sampler: Sampler,
         shape: tuple[int, int, int],
         key: PRNGKey,
-        decoder: Any = None,
+        decoder: Autoencoder | None = None,
     ):
         """**Arguments:**
 
-        - `network`, `schedule`: what predicts; the steps that are taken.
+        - `network`, `process`: what predicts; in which steps.
         - `null`, `guidance_scale`, `guidance_channels`: see [`equidit.guide`][].
         - `sampler`: `"ddim"`, or `"ddpm"` with the learned variance.
         - `shape`: of what the network takes.
@@ -55,18 +52,16 @@ class Sampling(eqx.Module):
         - `decoder`: an autoencoder, where the network's space is one of latents. Without one the
             samples are images, and every step's clean example is clipped to [-1, 1].
         """
-        null_label = jnp.asarray(null, jnp.int32)
-        self.network = guide(network, guidance_scale, null_label, channels=guidance_channels)
-        self.schedule, self.key, self.decoder = schedule, key, decoder
+        self.network = process.guided(network, guidance_scale, null, guidance_channels)
+        self.process, self.key, self.decoder = process, key, decoder
         self.sampler, self.shape = sampler, shape
 
     def one(self, label: Array, index: Array) -> Float[Array, "channels height width"]:
         """One sample, not decoded."""
-        noise_key, steps_key = jax.random.split(jax.random.fold_in(self.key, index))
-        clip = self.decoder is None
-        step = partial(_STEPS[self.sampler], self.network, self.schedule, clip=clip)
-        noise = jax.random.normal(noise_key, self.shape)
-        return dfn.sample(step, self.schedule, noise, label, key=steps_key)
+        key, clip = jax.random.fold_in(self.key, index), self.decoder is None
+        return self.process.sample(
+            self.network, self.shape, label, sampler=self.sampler, clip=clip, key=key
+        )
 
     def many(self, label: Array, index: Array) -> Float[Array, "batch channels height width"]:
         """Images of one device's share."""
@@ -77,7 +72,7 @@ class Sampling(eqx.Module):
 
 @eqx.filter_jit
 def _many(sampling: Sampling, mesh: Any, label: Array, index: Array) -> Array:
-    shared = PartitionSpec("data")
+    shared = PartitionSpec(DATA)
     arrays, static = eqx.partition(sampling, eqx.is_array)
 
     def local(arrays: Any, label: Array, index: Array) -> Array:
@@ -89,28 +84,36 @@ def _many(sampling: Sampling, mesh: Any, label: Array, index: Array) -> Array:
 
 
 def batches(
-    sampling: Sampling, groups: list[tuple[np.ndarray, np.ndarray]]
+    sampling: Sampling,
+    labels: Integer[np.ndarray, " count"],
+    groups: Sequence[range],
+    size: int,
 ) -> Iterator[Float[np.ndarray, "batch channels height width"]]:
-    """Images in about [-1, 1] of groups of (labels, indices), one group a device at a time.
+    """Images in about [-1, 1] of groups of indices, one group a device at a time.
 
-    All groups must have the same size, for the same program to make them all. What a sample is
-    depends on that size to rounding, and on nothing else but its label and index.
+    What a sample is depends on `size` to rounding, and on nothing else but its label and index.
+
+    **Arguments:**
+
+    - `labels`: of all indices.
+    - `groups`: indices of at most `size` samples each.
     """
-    if not groups:
-        return
-    devices = jax.local_devices()[: len(groups)]
-    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), (DATA,), (AxisType.Auto,), devices=devices)
     arrays, static = eqx.partition(sampling, eqx.is_array)
     # Once, rather than at every call.
-    arrays = replicated(arrays, mesh)
-    sampling = eqx.combine(arrays, static)
+    sampling = eqx.combine(replicated(arrays, mesh), static)
     for first in range(0, len(groups), len(devices)):
         part = groups[first : first + len(devices)]
-        filled = part + part[:1] * (len(devices) - len(part))
-        labels, indices = zip(*filled, strict=True)
-        label, index = (jnp.asarray(np.concatenate(a), jnp.int32) for a in (labels, indices))
-        images = np.asarray(_many(sampling, mesh, label, index))
-        yield from np.split(images, len(devices))[: len(part)]
+        # Every device draws `size`, whatever is asked of it: one program serves all.
+        index = np.zeros((len(devices), size), np.int32)
+        for row, group in zip(index, part, strict=False):
+            row[: len(group)] = group
+        label = np.asarray(labels[index], np.int32)
+        images = np.asarray(_many(sampling, mesh, jnp.ravel(label), jnp.ravel(index)))
+        images = images.reshape(*index.shape, *images.shape[1:])
+        for drawn, group in zip(images, part, strict=False):
+            yield drawn[: len(group)]
 
 
 def draw(
@@ -122,31 +125,28 @@ def draw(
 
     - `batch_size`: at most so many at a time on a device.
     """
-    devices = jax.local_device_count()
-    size = min(batch_size, -(-len(labels) // devices))
-    groups = [group_of(labels, i, size) for i in range(-(-len(labels) // size))]
-    return np.concatenate(list(batches(sampling, groups)))[: len(labels)]
-
-
-def group_of(labels: np.ndarray, group: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A group's labels and indices; beyond the last label they start over."""
-    index = np.arange(group * size, (group + 1) * size)
-    return labels[index % len(labels)], index
+    count = len(labels)
+    size = min(batch_size, -(-count // jax.local_device_count()))
+    groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    return np.concatenate(list(batches(sampling, labels, groups, size)))
 
 
 def sample(
-    settings: Settings, about: About, network: Network, labels: np.ndarray, decoder: Any = None
+    settings: Settings,
+    about: About,
+    network: Network,
+    labels: np.ndarray,
+    decoder: Autoencoder | None = None,
 ) -> np.ndarray:
     """Draws from a run's network by the run's settings, one image a label."""
-    keep = dfn.space_timesteps(SCHEDULE_STEPS, settings.sampling_steps)
     sampling = Sampling(
         network,
-        dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS), keep),
+        settings.process.spaced(settings.sampling_steps),
         null=about.num_classes,
         guidance_scale=settings.guidance_scale,
         sampler="ddim",
         shape=about.shape,
-        key=settings.key(3),
+        key=settings.key("sample"),
         decoder=decoder,
     )
-    return draw(sampling, labels, batch_size=100 if decoder is None else 8)
+    return draw(sampling, labels, batch_size=8 if about.latents else 100)

@@ -1,4 +1,4 @@
-"""What a run minimises, and how it is validated."""
+"""How a run is validated: what it minimises, on examples that it never sees."""
 
 from typing import Any
 
@@ -9,44 +9,24 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from .. import diffusion as dfn
-from ..guidance import drop_label
-from ..seams import Loss, Network, PRNGKey
+from ..seams import Network, PRNGKey
 from ..train import TrainState
-from .settings import SCHEDULE_STEPS, Settings
-
-
-def hybrid_loss(schedule: dfn.Schedule, num_classes: int, label_dropout: float) -> Loss:
-    """The paper's objective: the hybrid loss, with labels dropped now and then."""
-
-    def loss(network: Network, example: Any, key: PRNGKey) -> Float[Array, ""]:
-        clean_key, drop_key, diffusion_key = jax.random.split(key, 3)
-        label = drop_label(example.label, num_classes, label_dropout, key=drop_key)
-        clean = example.clean(clean_key)
-        return dfn.hybrid_loss(network, schedule, clean, label, key=diffusion_key)
-
-    return loss
+from .process import Process
+from .settings import Settings
 
 
 @eqx.filter_jit
 def validate(
-    network: Network, schedule: dfn.Schedule, examples: PyTree, key: PRNGKey, mesh: Mesh | None
+    network: Network, process: Process, examples: PyTree, key: PRNGKey, mesh: Mesh | None
 ) -> Float[Array, "batch quartiles"]:
-    """The hybrid loss of examples, at one fixed step from each quartile of the schedule."""
+    """The process's loss of examples, at one fixed time from each quarter."""
 
     def terms(network: Network, example: Any, index: Array) -> Float[Array, " quartiles"]:
-        clean_key, step_key, noise_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        clean_key, time_key, noise_key = jax.random.split(jax.random.fold_in(key, index), 3)
         clean = example.clean(clean_key)
-        quarter = schedule.steps // 4
-        t = jax.random.randint(step_key, (4,), 0, quarter) + quarter * jnp.arange(4)
-        noise = jax.random.normal(noise_key, (4, *clean.shape))
-
-        def term(t: Array, noise: Array) -> Float[Array, ""]:
-            return dfn.hybrid_loss(
-                network, schedule, clean, example.label, key=step_key, t=t, noise=noise
-            )
-
-        return jax.vmap(term)(t, noise)
+        return process.losses_by_quartile(
+            network, clean, example.label, time_key=time_key, noise_key=noise_key
+        )
 
     many = jax.vmap(terms, (None, 0, 0))
     index = jnp.arange(examples.label.shape[0])
@@ -79,8 +59,7 @@ def validation(
             lambda a: jax.make_array_from_callback(a.shape, shared, lambda index: a[index]),
             examples,
         )
-    schedule = dfn.Schedule(dfn.linear_betas(SCHEDULE_STEPS))
-    losses = validate(state.ema, schedule, examples, settings.key(2), mesh)
+    losses = validate(state.ema, settings.process, examples, settings.key("validate"), mesh)
     # On the host, in an order that no number of devices changes.
     quartiles = np.asarray(losses, np.float64)[:count].mean(axis=0)
     return {
