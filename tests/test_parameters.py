@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import BLOCKS, difference, tiny, tree_allclose
+from helpers import BLOCKS, difference, images, tiny, tree_allclose
 from test_train import KEY, hybrid, mesh, run, toy
 
 import equidit as edt
@@ -341,7 +341,8 @@ def test_muon_takes_what_it_is_told():
 def test_muon_in_the_training_step():
     """Matrices that devices share are put together for their products, in another order."""
     optimizer = edt.muon(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1)
-    options = {"objective": hybrid, "make": tiny, "steps": 3}
+    batch = (images(16), jnp.arange(16) % 10)
+    options = {"objective": hybrid, "make": tiny, "steps": 3, "batch": batch}
     one = run(optimizer, **options)
     assert one[1][-1]["loss"] < one[1][0]["loss"]
     eight = run(optimizer, **options, mesh=mesh(8), sharding="fsdp")

@@ -99,17 +99,18 @@ def _stepper(*options):
     return edt.make_train_step(**dict(options))
 
 
-def trained(step, optimizer=SGD, *, steps=2, make=toy):
+def trained(step, optimizer=SGD, *, steps=2, make=toy, batch=BATCH):
     state = edt.init_state(make(), optimizer)
     history = []
     for _ in range(steps):
-        state, metrics = step(state, BATCH, KEY)
+        state, metrics = step(state, batch, KEY)
         history.append(metrics)
     return state, history
 
 
-def run(optimizer=SGD, *, steps=2, make=toy, **options):
-    return trained(stepper(optimizer, **options), optimizer, steps=steps, make=make)
+def run(optimizer=SGD, *, steps=2, make=toy, batch=BATCH, **options):
+    step = stepper(optimizer, **options)
+    return trained(step, optimizer, steps=steps, make=make, batch=batch)
 
 
 @pytest.fixture(scope="module")
