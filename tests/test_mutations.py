@@ -10,7 +10,6 @@ from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
 import equidit as edt
 from equidit import diffusion as dfn
 from equidit.diffusion import gaussian, likelihood, losses, schedules, steps
-from equidit.nn import conditioning
 
 
 def _network_fails() -> bool:
@@ -35,12 +34,11 @@ def test_head_count():
     assert errors["out"] > 0.1
 
 
-def test_sin_before_cos(monkeypatch):
-    right = conditioning.timestep_features
-    monkeypatch.setattr(
-        conditioning, "timestep_features", lambda t, dim: jnp.roll(right(t, dim), dim // 2)
-    )
-    assert _network_fails()
+def test_sin_before_cos():
+    swapped = lambda t, dim: jnp.roll(edt.timestep_features(t, dim), dim // 2)  # noqa: E731
+    wrong = network("dit_tiny")
+    object.__setattr__(wrong.conditioner.timestep, "features", swapped)
+    assert network_failures(network_errors("dit_tiny", wrong))
 
 
 @pytest.mark.parametrize("module", ["blocks", "layers"])
