@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from .._base.common import check_positive
 from .._base.disk import locked
 from .._base.trees import is_array, named
+from ..hosts import data_mesh
 from ..seams import StrPath
 from . import backend
 from .hashing import fingerprints
@@ -364,9 +365,9 @@ def _placed(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _default_sharding() -> Sharding:
-    if jax.process_count() == 1:
+    mesh = None if jax.process_count() == 1 else data_mesh()
+    if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -11,16 +11,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from .._base.common import check_positive, extra
 from .._base.disk import replace
-from .._base.parts import DATA
 from .._base.records import crc32
 from ..checkpoint import fingerprint
 from ..data.images import ImageError, ImageFolder, Small, read_image
 from ..data.latents import FORMAT, SKIPPED, open_latents
+from ..hosts import data_mesh, over_mesh
 from ..seams import StrPath
 from ..train.sharding import replicated
 from ..vae import Autoencoder
@@ -158,7 +158,7 @@ def _encoded(
         return
     devices = jax.local_devices()
     parts = [groups[i : i + len(devices)] for i in range(0, len(groups), len(devices))]
-    mesh = jax.make_mesh((len(devices),), (DATA,), (AxisType.Auto,), devices=devices)
+    mesh = data_mesh(devices)
     vae = replicated(vae, mesh)
     with ThreadPoolExecutor() as pool:
 
@@ -181,7 +181,7 @@ def _encoded(
 
 
 @eqx.filter_jit
-def _moments(vae: Autoencoder, mesh: Any, pixels: Array) -> tuple[Array, Array]:
+def _moments(vae: Autoencoder, mesh: Mesh | None, pixels: Array) -> tuple[Array, Array]:
     """Mean and standard deviation of pictures, and of their mirror images."""
 
     def one(picture: Array) -> tuple[Array, Array]:
@@ -195,7 +195,4 @@ def _moments(vae: Autoencoder, mesh: Any, pixels: Array) -> tuple[Array, Array]:
         moments = jax.lax.map(one, flat)
         return jax.tree.map(lambda m: m.reshape(-1, 2, *m.shape[1:]), moments)
 
-    replicated, shared = PartitionSpec(), PartitionSpec(DATA)
-    return jax.shard_map(local, mesh=mesh, in_specs=(replicated, shared), out_specs=shared)(
-        vae, pixels
-    )
+    return over_mesh(local, mesh)(vae, pixels)

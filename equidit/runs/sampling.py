@@ -1,16 +1,15 @@
 """Guided samples, each belonging to its index, spread over all devices of this host."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
-from .._base.parts import DATA
+from ..hosts import data_mesh, over_mesh
 from ..seams import Network, PRNGKey
 from ..train.sharding import replicated
 from ..vae import Autoencoder
@@ -71,16 +70,8 @@ class Sampling(eqx.Module):
 
 
 @eqx.filter_jit
-def _many(sampling: Sampling, mesh: Any, label: Array, index: Array) -> Array:
-    shared = PartitionSpec(DATA)
-    arrays, static = eqx.partition(sampling, eqx.is_array)
-
-    def local(arrays: Any, label: Array, index: Array) -> Array:
-        return eqx.combine(arrays, static).many(label, index)
-
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), shared, shared), out_specs=shared
-    )(arrays, label, index)
+def _many(sampling: Sampling, mesh: Mesh | None, label: Array, index: Array) -> Array:
+    return over_mesh(Sampling.many, mesh)(sampling, label, index)
 
 
 def batches(
@@ -99,7 +90,7 @@ def batches(
     - `groups`: indices of at most `size` samples each.
     """
     devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), (DATA,), (AxisType.Auto,), devices=devices)
+    mesh = data_mesh(devices)
     arrays, static = eqx.partition(sampling, eqx.is_array)
     # Once, rather than at every call.
     sampling = eqx.combine(replicated(arrays, mesh), static)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from ..hosts import DATA, over_mesh
 from ..seams import Network, PRNGKey
 from ..train import TrainState
 from .process import Process
@@ -30,17 +31,10 @@ def validate(
 
     many = jax.vmap(terms, (None, 0, 0))
     index = jnp.arange(examples.label.shape[0])
+    losses = over_mesh(many, mesh)(network, examples, index)
     if mesh is None:
-        return many(network, examples, index)
-    arrays, static = eqx.partition(network, eqx.is_array)
-    everywhere, shared = PartitionSpec(), PartitionSpec("data")
-    losses = jax.shard_map(
-        lambda arrays, *rest: many(eqx.combine(arrays, static), *rest),
-        mesh=mesh,
-        in_specs=(everywhere, shared, shared),
-        out_specs=shared,
-    )(arrays, examples, index)
-    return jax.lax.with_sharding_constraint(losses, NamedSharding(mesh, everywhere))
+        return losses
+    return jax.lax.with_sharding_constraint(losses, NamedSharding(mesh, PartitionSpec()))
 
 
 def validation(
@@ -54,7 +48,7 @@ def validation(
     rows = np.arange(-(-count // devices) * devices) % count
     examples = jax.tree.map(lambda leaf: leaf[rows], held_out)
     if mesh is not None:
-        shared = NamedSharding(mesh, PartitionSpec("data"))
+        shared = NamedSharding(mesh, PartitionSpec(DATA))
         examples = jax.tree.map(
             lambda a: jax.make_array_from_callback(a.shape, shared, lambda index: a[index]),
             examples,
