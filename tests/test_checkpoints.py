@@ -6,7 +6,9 @@ import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import made, tree_allclose
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import equidit as edt
@@ -80,6 +83,21 @@ def test_training_state_and_static_leaves(tmp_path):
         assert faults.same(ema.state, saved.ema)
         step = checkpoints.restore_part(wanted.step, "step")
         assert faults.same(step.state, saved.step)
+
+
+def test_stacks_of_before_are_found_by_their_former_name(tmp_path):
+    class Former(eqx.Module):
+        blocks: Any
+
+    stack = made(edt.Stack, partial(edt.Linear, 3, 2), 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"ema": Former(Former(stack.stacked)), "stacked": jnp.ones(3)})
+    like = {"ema": Former(stack), "stacked": jnp.zeros(3)}
+    found = restore(tmp_path, like).state
+    assert tree_allclose(found["ema"], Former(stack))
+    assert tree_allclose(found["stacked"], jnp.ones(3))
+    part = Checkpoints(tmp_path, read_only=True).restore_part(like["ema"], "ema")
+    assert tree_allclose(part.state, Former(stack))
 
 
 def test_state_may_be_donated_right_after(tmp_path):

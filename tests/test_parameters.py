@@ -157,7 +157,7 @@ def test_every_parameter_has_one_kind_however_it_is_seen(name):
 def test_the_hidden_matrices_of_dit_s():
     network = eqx.filter_eval_shape(edt.build, "DiT-S/2", key=KEY)
     kinds = edt.parameter_kinds(network)
-    block, hidden = "blocks.blocks.", partial(edt.ParameterKind, "hidden")
+    block, hidden = "blocks.stacked.", partial(edt.ParameterKind, "hidden")
     assert {name: kind for name, kind in named(kinds).items() if kind.kind == "hidden"} == {
         f"{block}attention.qkv.weight": hidden(1, 3),
         f"{block}attention.out.weight": hidden(1),
@@ -212,7 +212,7 @@ def test_text_and_guidance():
     assert of(kinds, "scale") == {"scale"}
 
 
-@pytest.mark.parametrize(("stacked", "prefix"), [(True, "blocks.blocks"), (False, "blocks.1")])
+@pytest.mark.parametrize(("stacked", "prefix"), [(True, "blocks.stacked"), (False, "blocks.1")])
 def test_a_block_of_ones_own(stacked, prefix):
     network = eqx.filter_eval_shape(lambda: own() if stacked else unstacked(own()))
     found = named(edt.parameter_kinds(network))
@@ -317,7 +317,7 @@ def test_muon_is_optaxs_on_every_layer_and_part_alone(name, options):
 
 def test_muon_takes_what_it_is_told():
     params: Any = toy()
-    where = lambda n: n.layers.blocks.linear.weight  # noqa: E731
+    where = lambda n: n.layers.stacked.linear.weight  # noqa: E731
     kinds = eqx.tree_at(where, edt.parameter_kinds(params), edt.ParameterKind("embedding", 1))
     ones = jax.tree.map(jnp.ones_like, params)
 
@@ -330,7 +330,7 @@ def test_muon_takes_what_it_is_told():
     assert tree_allclose(told, by_function)
     same = jax.tree.map(tree_allclose, own, told)
     assert [name for name, equal in named(same).items() if not equal] == [
-        "layers.blocks.linear.weight"
+        "layers.stacked.linear.weight"
     ]
     # All gradients are 1, of which Adam makes the same everywhere.
     table = told.table

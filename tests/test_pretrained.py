@@ -138,7 +138,7 @@ def test_head_count(tmp_path, monkeypatch):
     monkeypatch.setitem(edt.CONFIGS, "DiT-T/2", edt.Config(2, 32, 2, 2))
 
     def heads(**options):
-        return pretrained.load_dit(path, **options).blocks.blocks.attention.num_heads
+        return pretrained.load_dit(path, **options).blocks.stacked.attention.num_heads
 
     assert heads() == 8
     assert heads(num_heads=4) == 4
@@ -567,7 +567,7 @@ def test_the_mlps_norm_is_told_apart(tmp_path):
             block.norm1.linear.bias *= 0.1
     model.save_pretrained(tmp_path)
     network = pretrained.load_diffusers_dit(tmp_path, arithmetic="diffusers")
-    block = jax.tree.map(lambda x: x[0], network.blocks.blocks)
+    block = jax.tree.map(lambda x: x[0], network.blocks.stacked)
     rng = np.random.default_rng(2)
     tokens = 3e-3 * rng.normal(size=(1, 16, 32)).astype(np.float32)
     with torch.no_grad():
@@ -577,7 +577,7 @@ def test_the_mlps_norm_is_told_apart(tmp_path):
     cond = jax.jit(lambda conditioner: conditioner(3, 1))(network.conditioner)
     run = jax.jit(lambda block: block(tokens[0], cond))
     assert tree_allclose(target, run(block), TOLERANCE)
-    wrong = pretrained.load_diffusers_dit(tmp_path, arithmetic="official").blocks.blocks
+    wrong = pretrained.load_diffusers_dit(tmp_path, arithmetic="official").blocks.stacked
     wrong = jax.tree.map(lambda x: x[0], wrong)
     assert not tree_allclose(target, run(wrong), 10 * TOLERANCE)
 

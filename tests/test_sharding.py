@@ -112,15 +112,15 @@ def test_shardings_choose_the_largest_axis_but_never_the_layers():
     make = lambda: edt.build("DiT-S/8", key=KEY, depth=8)  # noqa: E731
     state = eqx.filter_eval_shape(lambda: edt.init_state(make(), optax.adam(1e-3)))
     found = edt.shardings(state, mesh(8), "fsdp")
-    block = found.network.blocks.blocks
+    block = found.network.blocks.stacked
     assert block.mlp.up.weight.spec == P(None, "data", None)  # 8 x 1536 x 384
     assert block.mlp.down.weight.spec == P(None, None, "data")
     assert block.attention.out.bias.spec == P(None, "data")
     assert found.network.conditioner.label.table.spec == P(None, "data")  # 1001 x 384
-    assert found.opt_state[0].mu.blocks.blocks.mlp.up.weight.spec == P(None, "data", None)
+    assert found.opt_state[0].mu.blocks.stacked.mlp.up.weight.spec == P(None, "data", None)
     assert found.opt_state[0].count.spec == P()
     assert found.step.spec == P()
-    assert edt.shardings(state, mesh(8), "zero1").network.blocks.blocks.mlp.up.weight.spec == P()
+    assert edt.shardings(state, mesh(8), "zero1").network.blocks.stacked.mlp.up.weight.spec == P()
     make: Any = lambda key: edt.Linear(3, 5, key=key)  # noqa: E731
     narrow = edt.init_state(edt.Stack(make, 8, key=KEY), SGD)
     assert {s.spec for s in jax.tree.leaves(edt.shardings(narrow, mesh(8), "fsdp"))} == {P()}
@@ -201,7 +201,7 @@ class Own(eqx.Module):
 def test_a_stack_of_ones_own_is_divided_as_the_library_s():
     def own():
         network = toy(depth=8)
-        return eqx.tree_at(lambda n: n.layers, network, Own(network.layers.blocks))
+        return eqx.tree_at(lambda n: n.layers, network, Own(network.layers.stacked))
 
     options = {"mesh": mesh(2), "sharding": "fsdp"}
     found, expected = (run(make=make, **options)[0] for make in (own, partial(toy, depth=8)))

@@ -294,7 +294,7 @@ class Checkpoints:
                 raise Damaged(f"it was saved as step {record.step}")
             if config is not None:
                 record.check_config(config)
-            record.check_arrays(wanted, part)
+            record.check_arrays(_as_saved(wanted, record), part)
             return record
 
         def read_arrays() -> dict[str, jax.Array]:
@@ -310,6 +310,7 @@ class Checkpoints:
             return arrays
 
         record = together(read_record)
+        wanted = _as_saved(wanted, record)
         arrays = together(read_arrays)
         record.check_fingerprints(fingerprints(arrays))
         return record, [arrays[name] for name in wanted]
@@ -334,6 +335,13 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _as_saved(
+    wanted: dict[str, jax.ShapeDtypeStruct], record: Record
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is wanted, in its order, by the names in the checkpoint."""
+    return {record.saved_name(name): like for name, like in wanted.items()}
 
 
 def _savable(name: str, leaf: Any) -> jax.Array:

@@ -80,6 +80,11 @@ class Record:
         if differ:
             raise CheckpointError(f"it is of a run with another config: {_some(differ)}")
 
+    def saved_name(self, name: str) -> str:
+        """An array's name in this checkpoint: a stack's `stacked` was called `blocks`."""
+        former = "/".join("blocks" if part == "stacked" else part for part in name.split("/"))
+        return former if name not in self.arrays and former in self.arrays else name
+
     def check_arrays(self, wanted: Mapping[str, Any], part: str | None) -> None:
         """Raises `CheckpointError` naming arrays that differ in name, shape or dtype."""
         saved = {

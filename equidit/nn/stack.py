@@ -37,13 +37,14 @@ _REMAT_POLICIES: dict[Remat, Callable[..., Any]] = {
 class Stack(Module, Generic[BlockT]):
     """A stack of equal blocks, itself a block: one compiled body, scanned over the depth.
 
-    Blocks may be any modules. Their arrays are stacked along a new first axis; all else must be
-    the same in every block. A block that changes the tokens' shape or dtype is an error that names
-    its class. `len(stack)`, `stack[0]`, `stack[-1]`, `stack[2:5]` and `for block in stack` are as
-    for a list of the blocks, whose arrays are copied out of the stack when they are asked for.
+    Blocks may be any modules. `stacked` is one of them with the arrays of all, stacked along a new
+    first axis; all else must be the same in every block. A block that changes the tokens' shape or
+    dtype is an error that names its class. `len(stack)`, `stack[0]`, `stack[-1]`, `stack[2:5]` and
+    `for block in stack` are as for a list of the blocks, whose arrays are copied out of the stack
+    when they are asked for.
     """
 
-    blocks: BlockT
+    stacked: BlockT
     depth: int = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     # Parameters that the devices share are gathered here, a block at a time: see `_base/parts.py`.
@@ -73,7 +74,7 @@ class Stack(Module, Generic[BlockT]):
             check_module("what make_block returns", block)
             return block
 
-        self.blocks = eqx.filter_vmap(make)(jax.random.split(key, depth))
+        self.stacked = eqx.filter_vmap(make)(jax.random.split(key, depth))
         self.depth = depth
         self.remat = "none" if remat is None else remat
 
@@ -88,7 +89,7 @@ class Stack(Module, Generic[BlockT]):
 
         The tokens after the last block.
         """
-        stacked, static = eqx.partition(self.blocks, eqx.is_array)
+        stacked, static = eqx.partition(self.stacked, eqx.is_array)
         for leaf in jax.tree.leaves(stacked):
             if leaf.shape[:1] != (self.depth,):
                 raise ValueError(_misshapen(stacked, self.depth))
@@ -103,11 +104,16 @@ class Stack(Module, Generic[BlockT]):
             return _checked(block, out, tokens), None
 
         # Parameters that are gathered for one block are let go after it, even without remat.
-        if self.remat != "none" or _holds_parts(self.blocks):
+        if self.remat != "none" or _holds_parts(self.stacked):
             # The barriers against merging that prevent_cse adds are needless inside a scan.
             policy = _REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, tokens, stacked, length=self.depth)[0]
+
+    @property
+    def blocks(self) -> BlockT:
+        """`stacked`, by its former name."""
+        return self.stacked
 
     def unstack(self) -> list[BlockT]:
         """The blocks one by one, for a loop of your own.
@@ -153,7 +159,7 @@ class Stack(Module, Generic[BlockT]):
         return self._blocks([place])[0]
 
     def _blocks(self, places: Sequence[int]) -> list[BlockT]:
-        stacked, static = eqx.partition(self.blocks, eqx.is_array)
+        stacked, static = eqx.partition(self.stacked, eqx.is_array)
         at = lambda place: jax.tree.map(lambda a: a[place], stacked)  # noqa: E731
         return [whole(eqx.combine(at(place), static)) for place in places]
 
@@ -179,7 +185,7 @@ def _misshapen(stacked: Any, depth: int) -> str:
     paths = jax.tree_util.tree_leaves_with_path(stacked)
     path, leaf = next(pair for pair in paths if pair[1].shape[:1] != (depth,))
     return (
-        f"blocks{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but the arrays of a stack "
+        f"stacked{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but a stack's arrays "
         f"have a first axis of depth={depth}: put one of the old one's shape in its place"
     )
 

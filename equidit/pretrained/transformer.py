@@ -58,7 +58,7 @@ def patches(name: str) -> Row:
 def sizes_of(weights: Weights, table: Table, kind: str) -> Config:
     """What the arrays tell: all but the number of heads, which is left at 1."""
     label_name = name_of(table, "conditioner.label.table")
-    mlp_name = name_of(table, "blocks.blocks.mlp.up.weight")
+    mlp_name = name_of(table, "blocks.stacked.mlp.up.weight")
     final_name = name_of(table, "final.linear.bias")
     ranks = {name_of(table, "patch_embed.weight"): 4, label_name: 2, mlp_name: 2, final_name: 1}
     patch, labels, mlp, final = shapes_of(weights, kind, ranks)
@@ -144,7 +144,7 @@ def kind_of(network: DiT) -> tuple[Arithmetic, Config] | None:
     conditioner, stack = network.conditioner, network.blocks
     if not isinstance(conditioner, LabelConditioner) or not isinstance(stack, Stack):
         return None
-    block = stack.blocks
+    block = stack.stacked
     if not isinstance(block, AdaLNZeroBlock) or not isinstance(block.attention, Attention):
         return None
     functions = (conditioner.timestep.features, block.norm_mlp)
