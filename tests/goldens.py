@@ -6,6 +6,7 @@ Every function returns the errors by name, relative to the golden's largest entr
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +34,9 @@ def network_errors(name: str, n: edt.DiT | None = None) -> dict[str, float]:
     n = network(name) if n is None else n
     x, t, label = (jnp.asarray(arrays[key]) for key in ("x", "t", "label"))
     t, label = t.astype(jnp.int32), label.astype(jnp.int32)
-    first, second = n.blocks.unstack()
 
-    def values(x: Any, t: Any, label: Any) -> dict[str, Any]:
+    def values(n: edt.DiT, x: Any, t: Any, label: Any) -> dict[str, Any]:
+        first, second = n.blocks.unstack()
         patches = n.patch_embed(edt.patchify(x, 2))
         tokens = patches + edt.sincos_2d(patches.shape[1], (4, 4))
         cond = n.conditioner(t, label)
@@ -56,10 +57,10 @@ def network_errors(name: str, n: edt.DiT | None = None) -> dict[str, float]:
             "out": n(x, t, label),
         }
 
-    results = jax.vmap(values)(x, t, label)
+    results = jax.jit(jax.vmap(values, (None, 0, 0, 0)))(n, x, t, label)
     guided = edt.guide(n, 4.0, jnp.int32(n.conditioner.null), channels=3)
     cfg_x, cfg_t, cfg_label = (jnp.asarray(arrays[key]) for key in ("cfg_x", "cfg_t", "cfg_label"))
-    results["cfg3_scale4"] = jax.vmap(guided, in_axes=(0, None, 0))(
+    results["cfg3_scale4"] = eqx.filter_jit(eqx.filter_vmap(guided, in_axes=(0, None, 0)))(
         cfg_x, cfg_t.astype(jnp.int32), cfg_label.astype(jnp.int32)
     )
     results["state_dict/pos_embed"] = edt.sincos_2d(n.patch_embed.weight.shape[0], (4, 4))[None]
@@ -92,7 +93,7 @@ def diffusion_errors(spec: str) -> dict[str, float]:
             "ddpm_step": dfn.ddpm_step(lambda *_: output, schedule, xt, t, None, key=key),
         }
 
-    results = jax.vmap(values)(x0, noise, output, jnp.asarray(arrays[f"{spec}/x_t"]), t)
+    results = jax.jit(jax.vmap(values))(x0, noise, output, jnp.asarray(arrays[f"{spec}/x_t"]), t)
     # The step's own noise, known from its key, turns the golden mean and variance into a golden.
     z = np.asarray(jax.random.normal(key, x0.shape[1:]))[None]
     deviation = (

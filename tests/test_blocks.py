@@ -34,7 +34,6 @@ def conditioning(vector, tokens, positions=POSITIONS):
 
 
 COND = conditioning(VECTORS[0], MATRICES[0])
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 every_block = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
 every_name = pytest.mark.parametrize("name", BLOCKS)
 

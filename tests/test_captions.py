@@ -103,7 +103,6 @@ def test_prompts(example):
     np.testing.assert_array_equal(embeddings.any(axis=2), mask)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_short_run(example, tmp_path, capsys):
     small = shlex.split("--steps 3 --batch-size 4 --hidden-size 16 --depth 1 --samples 8")
     out = tmp_path / "run"

@@ -29,7 +29,6 @@ from equidit.runs.folder import Folder
 from equidit.runs.log import Log
 from equidit.runs.settings import MODELS, Model, Settings
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 # As many samples for the report as for the picture: one program draws both.
 SMALL = shlex.split(
     "--hidden-size 16 --depth 1 --num-heads 2 --sampling-steps 4 --batch-size 16 "
@@ -39,7 +38,7 @@ EVERY = shlex.split("--log-every 2 --sample-every 4")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, compile_quickly):
+def trained(tmp_path_factory):
     """A short run; those after it that compute the same use its compiled step."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     with pytest.MonkeyPatch.context() as patch:

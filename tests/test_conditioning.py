@@ -5,31 +5,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_fields, images, randomize, tree_allclose
+from helpers import check_fields, images, made, tree_allclose
 from jaxtyping import TypeCheckError
 
 import equidit as edt
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 T = jnp.asarray(300)
 WORDS = images(5, (6,), seed=4)
 
 
 def embedder(max_length=8):
-    return randomize(
-        edt.TextEmbedder(6, 16, max_length=max_length, key=jax.random.key(0)), scale=0.4
-    )
+    return made(edt.TextEmbedder, 6, 16, max_length=max_length, scale=0.4)
 
 
 def conditioner(**options):
-    made = edt.TextConditioner(6, 32, max_length=8, key=jax.random.key(0), **options)
-    return randomize(made, scale=0.4)
+    return made(edt.TextConditioner, 6, 32, max_length=8, scale=0.4, **options)
 
 
 def prompt_network(block="text-cross-attention", **sizes):
     text: dict[str, Any] = {"num_classes": None, "text_dim": 6, "text_length": 8, "block": block}
     config = edt.Config(2, 32, 2, 4, in_channels=1, **text, **sizes)
-    return randomize(edt.build(config, key=jax.random.key(0)), scale=0.2)
+    return made(edt.build, config, scale=0.2)
 
 
 def padded(count, length, fill=0.0):

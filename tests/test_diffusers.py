@@ -18,7 +18,6 @@ from equidit import diffusion as dfn
 torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(3)
 NOISE = jax.random.normal(jax.random.key(0), (3, 4, 4))

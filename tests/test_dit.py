@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PAPER_BLOCKS, images, randomize, tiny, tree_allclose
+from helpers import PAPER_BLOCKS, images, made, tiny, tree_allclose
 from jaxtyping import TypeCheckError
 
 import equidit as edt
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 T, LABEL, KEY = jnp.asarray(500), jnp.asarray(3), jax.random.key(0)
 
 
@@ -28,7 +27,7 @@ every_paper_block = pytest.mark.parametrize("block", PAPER_BLOCKS)
 
 def paper_network(block, **sizes):
     config = edt.Config(2, 32, 2, 4, in_channels=1, num_classes=10, block=block, **sizes)
-    return randomize(edt.build(config, key=jax.random.key(0)))
+    return made(edt.build, config)
 
 
 @every_paper_block

@@ -14,11 +14,9 @@ from PIL import Image
 from equidit import pretrained
 from equidit.data import open_latents, read_image
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory, compile_quickly):
+def vae(tmp_path_factory):
     return published(tmp_path_factory.mktemp("published"))[1]
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import images, randomize, tree_allclose
+from helpers import images, made, randomize, tree_allclose
 
 import equidit as edt
 from equidit import diffusion as dfn
@@ -24,9 +24,6 @@ TOKENS, VECTOR = images(1, (6, DIM))[0], images(1, (DIM,), seed=2)[0]
 COND = edt.Conditioning(VECTOR)
 X, T = images(1)[0], jnp.asarray(500)
 KEY = jax.random.key(0)
-
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
@@ -151,9 +148,8 @@ ATTRIBUTES = jnp.asarray([0.5, jnp.nan])
 
 
 def attribute_network(**design):
-    conditioner = example("conditioner").AttributeConditioner(2, DIM, key=KEY)
-    network = edt.DiT(1, 2, DIM, DEPTH, HEADS, None, conditioner=conditioner, key=KEY, **design)
-    return randomize(network)
+    conditioner = made(example("conditioner").AttributeConditioner, 2, DIM)
+    return made(edt.DiT, 1, 2, DIM, DEPTH, HEADS, None, conditioner=conditioner, **design)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +279,7 @@ def named(tree):
 
 
 def latent_network(**sizes):
-    return randomize(edt.DiT(4, 2, DIM, DEPTH, HEADS, 10, **sizes, key=KEY))
+    return made(edt.DiT, 4, 2, DIM, DEPTH, HEADS, 10, **sizes)
 
 
 def test_other_classes():

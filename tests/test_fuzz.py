@@ -31,8 +31,6 @@ from equidit.data import ImageError, image_folder, open_latents, read_image
 from equidit.pretrained import files
 from equidit.runs.folder import Folder
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Each traces a network anew, or starts with PyTorch.
 INPUTS = {"official DiT": 40, "diffusers' DiT": 40, "autoencoder": 40, ".pt file": 60}
 quickly = settings(

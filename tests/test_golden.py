@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,7 @@ from helpers import golden
 import equidit as edt
 from equidit import diffusion as dfn
 
+ROOT = Path(__file__).parents[1]
 # A right float32 implementation is within 1e-6; the mildest wrong one, exact GELU, 3.5e-6 off.
 NETWORK_TOLERANCE = 2e-6
 # PyTorch's float32 exp is one unit in the last place off at 2 of the 128 frequencies, ours at none.
@@ -64,3 +70,15 @@ def test_spacing(spec):
 def test_sincos(name, grid):
     table = golden("sincos")[name]
     np.testing.assert_allclose(edt.sincos_2d(table.shape[1], grid), table, rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["golden", "blocks", "train", "objectives"])
+def test_programs_that_are_optimised_hold_it_too(module):
+    """The other tests compile quickly; this is how users do."""
+    as_users_do = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/test_{module}.py"]
+    run = subprocess.run(
+        command, env=os.environ | as_users_do, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout

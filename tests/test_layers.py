@@ -4,15 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_fields, images, randomize, tiny, tree_allclose
+from helpers import check_fields, images, made, randomize, tiny, tree_allclose
 
 import equidit as edt
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def attention(**options):
-    return randomize(edt.Attention(16, 2, **options, key=jax.random.key(0)), scale=0.3)
+    return made(edt.Attention, 16, 2, **options, scale=0.3)
 
 
 def test_attention_is_the_formula():
@@ -54,7 +52,7 @@ def test_attention_takes_any_function():
 
 
 def test_mlp_is_tanh_gelu():
-    layer, x = randomize(edt.MLP(8, 16, key=jax.random.key(0))), images(1, (3, 8))[0]
+    layer, x = made(edt.MLP, 8, 16), images(1, (3, 8))[0]
     h = np.asarray(layer.up(x), np.float64)
     h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
     expected = h @ np.asarray(layer.down.weight, np.float64).T + np.asarray(layer.down.bias)
@@ -92,17 +90,17 @@ def test_label_out_of_range_is_an_error_or_nan_and_never_another_class():
 
 
 PARAMETERS = {
-    "Linear": (edt.Linear(8, 4, key=jax.random.key(0)), jnp.ones((3, 8))),
+    "Linear": (made(edt.Linear, 8, 4), jnp.ones((3, 8))),
     "LayerNorm": (edt.LayerNorm(8), jnp.ones((3, 8))),
     "RMSNorm": (edt.RMSNorm(8), jnp.ones((3, 8))),
-    "Attention": (edt.Attention(8, 2, key=jax.random.key(0)), jnp.ones((3, 8)), jnp.ones((2, 8))),
-    "LabelEmbedder": (edt.LabelEmbedder(4, 8, key=jax.random.key(0)), jnp.asarray(3)),
+    "Attention": (made(edt.Attention, 8, 2), jnp.ones((3, 8)), jnp.ones((2, 8))),
+    "LabelEmbedder": (made(edt.LabelEmbedder, 4, 8), jnp.asarray(3)),
     "TextEmbedder": (
-        edt.TextEmbedder(8, 8, max_length=3, key=jax.random.key(0)),
+        made(edt.TextEmbedder, 8, 8, max_length=3),
         jnp.ones((2, 8)),
         jnp.arange(2) < 1,
     ),
-    "TimestepEmbedder": (edt.TimestepEmbedder(8, key=jax.random.key(0)), jnp.asarray(3)),
+    "TimestepEmbedder": (made(edt.TimestepEmbedder, 8), jnp.asarray(3)),
     "DiT": (tiny(depth=3), images(1)[0], jnp.asarray(3), jnp.asarray(3)),
     "in-context": (tiny(block=edt.InContextBlock), images(1)[0], jnp.asarray(3), jnp.asarray(3)),
 }
@@ -207,7 +205,7 @@ def test_norms():
 
 
 def test_swiglu():
-    layer, x = randomize(edt.SwiGLU(8, 16, key=jax.random.key(0))), images(1, (3, 8))[0]
+    layer, x = made(edt.SwiGLU, 8, 16), images(1, (3, 8))[0]
     gate = np.asarray(layer.gate(x), np.float64)
     expected = layer.down(jnp.asarray(gate / (1 + np.exp(-gate)) * layer.up(x), jnp.float32))
     assert tree_allclose(expected, layer(x), 1e-6)

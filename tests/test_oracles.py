@@ -11,6 +11,7 @@ from scipy.special import ndtr
 
 from equidit import diffusion as dfn
 
+pytestmark = pytest.mark.usefixtures("optimised")
 BETAS = dfn.linear_betas()
 FULL = dfn.Schedule(BETAS)
 COUNT = 30_000

@@ -15,7 +15,6 @@ from test_train import KEY, hybrid, mesh, run, toy
 import equidit as edt
 from equidit.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 MATRICES = ("hidden", "input", "output")
 MUON = edt.muon(1e-2)
 
@@ -188,18 +187,18 @@ def test_the_hidden_matrices_of_dit_s():
 def test_what_is_made_of_parts(block, parts):
     kinds = named(edt.parameter_kinds(shapes_of(BLOCKS[block])))
     found = {name: kind.parts for name, kind in kinds.items() if kind.parts > 1}
-    assert found == {f"blocks.{name}.weight": count for name, count in parts.items()}
+    assert found == {f"stacked.{name}.weight": count for name, count in parts.items()}
 
 
 def test_norms_and_their_stacked_vectors():
     kinds = edt.parameter_kinds(shapes_of(BLOCKS["in-context-variant"]))
-    attention = "blocks.attention."
+    attention = "stacked.attention."
     assert of(kinds, "scale") == {
         *(f"{attention}{norm}.scale" for norm in ("q_norm", "k_norm")),
-        "blocks.norm_attention.scale",
-        "blocks.norm_mlp.scale",
+        "stacked.norm_attention.scale",
+        "stacked.norm_mlp.scale",
     }
-    assert {f"{attention}q_norm.shift", "blocks.mlp.gate.bias"} <= of(kinds, "bias")
+    assert {f"{attention}q_norm.shift", "stacked.mlp.gate.bias"} <= of(kinds, "bias")
     assert all(kind.layers == 1 for kind in jax.tree.leaves(kinds))
 
 

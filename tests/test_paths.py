@@ -30,7 +30,6 @@ from equidit.runs.sampling import Sampling
 from equidit.runs.settings import Settings
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Where paths come from elsewhere in the package.
 COMMANDS = {"cli.main", "cli.train", "cli.sample", "cli.encode"}
 PUBLISHED = {f"pretrained.{name}" for name in ("files", "folders", "pickles")}
@@ -57,7 +56,7 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory, compile_quickly):
+def there(tmp_path_factory):
     """A folder with one of everything that can be opened."""
     folder = tmp_path_factory.mktemp("there")
     published(folder)

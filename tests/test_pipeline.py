@@ -19,8 +19,6 @@ from equidit import diffusion as dfn, pretrained
 from equidit.pretrained.official import OFFICIAL
 from equidit.pretrained.tables import export
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Ten evaluations in float32 in another framework, and tables of float32 in diffusers.
 TOLERANCE = 1e-4
 STEPS, SCALE = 10, 3.0

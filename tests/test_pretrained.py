@@ -35,7 +35,6 @@ torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
 pytest.importorskip("safetensors", reason="needs safetensors")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 WEIGHTS = "diffusion_pytorch_model"
 # Rewrites of a float32 network in another framework.

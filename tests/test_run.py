@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import matplotlib.image
@@ -25,7 +26,6 @@ from equidit.checkpoint import CheckpointError, Checkpoints
 from equidit.runs.folder import Folder
 from equidit.runs.watch import Interrupts
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = shlex.split(
     "--model tiny --hidden-size 16 --depth 1 --num-heads 2 --batch-size 8 --steps 6 --workers 0 "
     "--log-every 2 --sample-every 4 --sampling-steps 3 --held-out 4 --learning-rate 1e-3"
@@ -35,7 +35,7 @@ DRAWN = ("--steps", 3, "--guidance-scale", 4)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, compile_quickly):
+def folder(tmp_path_factory):
     """Pictures of two classes, cut from photographs that scikit-learn ships; and a small VAE."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
@@ -303,3 +303,17 @@ def test_the_first_signal_asks_and_the_second_is_as_ever(number):
         assert heard == ["theirs"] * 2
     finally:
         signal.signal(number, before)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    handlers = []
+
+    def run() -> None:
+        with Interrupts() as interrupts:
+            handlers.append(signal.getsignal(signal.SIGINT))
+            assert not interrupts.stop(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+    assert handlers == [before]

@@ -21,14 +21,13 @@ from equidit.cli.npz import random_labels, to_bytes
 from equidit.runs import sampling
 from equidit.runs.process import Diffusion
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 # The same in all tests: they share one compiled program.
 STEPS = ("--steps", 3, "--guidance-scale", 4.0, "--guidance-channels", 3)
 HEADS = ("--num-heads", 4)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, compile_quickly):
+def files(tmp_path_factory):
     """Options that name small published files."""
     weights, vae = published(tmp_path_factory.mktemp("published"))
     return ("--weights", weights, "--vae", vae, *HEADS)
@@ -103,7 +102,7 @@ def test_other_counts_are_as_the_plain_loop(uneven_files, count, size):
 
 
 @pytest.fixture(scope="module")
-def uneven_files(tmp_path_factory, compile_quickly):
+def uneven_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
     uneven.make_files(folder)
     return folder

@@ -13,8 +13,6 @@ from test_train import BATCH, KEY, ORDER, SGD, Layer, loss, mesh, run, stepper, 
 
 import equidit as edt
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MODES = ("replicated", "zero1", "fsdp")
 DIVIDED = ("zero1", "fsdp")
 

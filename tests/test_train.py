@@ -18,8 +18,6 @@ from jax.sharding import AxisType, Mesh
 import equidit as edt
 from equidit import diffusion as dfn
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SCHEDULE = dfn.Schedule(dfn.linear_betas())
 BATCH = (images(16, (1, 4, 4)), jnp.arange(16) % 10)
 KEY = jax.random.key(7)

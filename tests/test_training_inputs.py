@@ -19,8 +19,6 @@ from optax import contrib
 import equidit as edt
 from equidit import diffusion as dfn
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 KEY = jax.random.key(7)
 BATCH = (images(4), jnp.arange(4))
 SGD = optax.sgd(0.1)

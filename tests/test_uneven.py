@@ -24,8 +24,6 @@ from equidit.metrics import frechet_distance, nearest_distance
 from equidit.runs import report, validation
 from equidit.runs.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def law(examples):
     return settings(derandomize=True, deadline=None, max_examples=examples)

@@ -18,8 +18,6 @@ from equidit import pretrained
 from equidit.pretrained.official import OFFICIAL
 from equidit.pretrained.tables import export
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 STATE = state_dict()
 OTHER = {name: value if name == "pos_embed" else value + 1 for name, value in STATE.items()}
 JUNK = torch.ones(3, 2)

@@ -15,8 +15,6 @@ import equidit as edt
 from equidit import pretrained
 from equidit.vae import check_range
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Rewrites of a float32 network in another framework.
 TOLERANCE = 1e-4
 WEIGHTS = "diffusion_pytorch_model"

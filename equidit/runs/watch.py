@@ -2,6 +2,7 @@
 
 import collections
 import signal
+from threading import current_thread, main_thread
 from typing import Any
 
 import jax
@@ -12,13 +13,17 @@ from .folder import Folder
 
 
 class Interrupts:
-    """Within `with`, the first Ctrl-C or SIGTERM only asks for a stop; a second acts as usual."""
+    """Within `with`, the first Ctrl-C or SIGTERM only asks for a stop; a second acts as usual.
+
+    Signals reach the main thread: a run in another one is stopped as that one decides.
+    """
 
     requested = False
 
     def __enter__(self) -> "Interrupts":
         # On many hosts JAX itself hears SIGTERM, and has all of them agree on a step.
-        signals = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
+        hears = jax.process_count() == 1 and current_thread() is main_thread()
+        signals = [signal.SIGINT, signal.SIGTERM] if hears else []
         self.previous = {number: signal.signal(number, self._request) for number in signals}
         return self
 
