@@ -40,10 +40,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line('Tests marked slow were left out: -m "" runs them too.')
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimised():
-    """For modules whose programs run for longer than they compile."""
-    before = jax.config.jax_disable_most_optimizations
+    """For tests whose programs run for longer than they compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -6,7 +6,6 @@ Every function returns the errors by name, relative to the golden's largest entr
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +59,8 @@ def network_errors(name: str, n: edt.DiT | None = None) -> dict[str, float]:
     results = jax.jit(jax.vmap(values, (None, 0, 0, 0)))(n, x, t, label)
     guided = edt.guide(n, 4.0, jnp.int32(n.conditioner.null), channels=3)
     cfg_x, cfg_t, cfg_label = (jnp.asarray(arrays[key]) for key in ("cfg_x", "cfg_t", "cfg_label"))
-    results["cfg3_scale4"] = eqx.filter_jit(eqx.filter_vmap(guided, in_axes=(0, None, 0)))(
-        cfg_x, cfg_t.astype(jnp.int32), cfg_label.astype(jnp.int32)
+    results["cfg3_scale4"] = jax.jit(lambda g, *args: jax.vmap(g, (0, None, 0))(*args))(
+        guided, cfg_x, cfg_t.astype(jnp.int32), cfg_label.astype(jnp.int32)
     )
     results["state_dict/pos_embed"] = edt.sincos_2d(n.patch_embed.weight.shape[0], (4, 4))[None]
     targets = {
