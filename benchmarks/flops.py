@@ -17,7 +17,7 @@ import equidit as edt
 from .common import RESULTS, config_names, writable, write
 from .report import Report, number, write_report
 
-PAPER = json.loads((Path(__file__).parents[1] / "tests" / "data" / "paper.json").read_text())
+PAPER = json.loads((Path(__file__).parents[1] / "tests" / "references" / "paper.json").read_text())
 BLOCKS = tuple(PAPER["blocks_xl2_256"])
 LATENT = {256: 32, 512: 64}
 

@@ -89,7 +89,7 @@ class Config:
     block: BlockType = "adaln-zero"
     text_dim: int | None = None
     text_length: int = 77
-    remat: Remat | None = "none"
+    remat: Remat | None = None
 
     def __post_init__(self):
         check_positive(

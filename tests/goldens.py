@@ -14,6 +14,13 @@ from helpers import golden, official
 import equidit as edt
 from equidit import diffusion as dfn
 
+# A right float32 implementation is within 1e-6; the mildest wrong one, exact GELU, 3.5e-6 off.
+NETWORK_TOLERANCE = 2e-6
+# PyTorch's float32 exp is one unit in the last place off at 2 of the 128 frequencies, ours at none.
+# Times t = 999 that is 2.9e-5 in the features and shows in what is made of them alone.
+FROM_FREQUENCIES = {"timestep_features": 3e-5, "timestep_embedding": 3e-6, "conditioning": 3e-6}
+# Rounding to float32 is 6e-8; the DDIM step's direction is a difference that loses a digit.
+DIFFUSION_TOLERANCE = 1e-6
 NUM_HEADS = {"dit_tiny": 2, "dit_tiny_unit": 4}
 INPUTS = {"x", "t", "label", "cfg_x", "cfg_t", "cfg_label"}
 
@@ -71,6 +78,11 @@ def network_errors(name: str, n: edt.DiT | None = None) -> dict[str, float]:
     }
     assert targets == results.keys()
     return {key: _error(value, arrays[key]) for key, value in results.items()}
+
+
+def network_failures(errors: dict[str, float]) -> dict[str, float]:
+    """Errors that no right implementation makes."""
+    return {k: e for k, e in errors.items() if e > FROM_FREQUENCIES.get(k, NETWORK_TOLERANCE)}
 
 
 def diffusion_errors(spec: str) -> dict[str, float]:

@@ -19,8 +19,10 @@ from jaxtyping import AbstractArray, jaxtyped
 import equidit as edt
 from equidit import diffusion as dfn
 
-DATA = Path(__file__).parent / "data"
-PAPER = json.loads((DATA / "paper.json").read_text())
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+REFERENCES = TESTS / "references"
+PAPER = json.loads((REFERENCES / "paper.json").read_text())
 
 BLOCKS: dict[str, Callable[..., Any]] = {
     "adaln-zero": edt.AdaLNZeroBlock,
@@ -85,7 +87,7 @@ BETAS = {"linear": dfn.linear_betas, "cosine": dfn.cosine_betas}
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(DATA / f"{name}.npz") as archive:
+    with np.load(REFERENCES / f"{name}.npz") as archive:
         return dict(archive)
 
 

@@ -3,12 +3,12 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import TESTS
 from jax.sharding import AxisType, PartitionSpec as P
 
 import equidit as edt
@@ -43,7 +43,7 @@ def test_every_mutation_has_its_place_and_its_test(mutation):
     source = mutations.place(mutation, mutations.ROOT).read_text()
     assert mutations.mutated(mutation, source) != source
     file, _, test = mutation.tests.partition("::")
-    assert f"def {test}" in (Path(__file__).parent / file).read_text()
+    assert f"def {test}" in (TESTS / file).read_text()
 
 
 def test_a_mutation_that_fits_nowhere_is_an_error():

@@ -1,30 +1,24 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import NUM_HEADS, diffusion_errors, network, network_errors
-from helpers import golden
+from goldens import (
+    DIFFUSION_TOLERANCE,
+    NETWORK_TOLERANCE,
+    NUM_HEADS,
+    diffusion_errors,
+    network,
+    network_errors,
+    network_failures,
+)
+from helpers import ROOT, golden
 
 import equidit as edt
 from equidit import diffusion as dfn
-
-ROOT = Path(__file__).parents[1]
-# A right float32 implementation is within 1e-6; the mildest wrong one, exact GELU, 3.5e-6 off.
-NETWORK_TOLERANCE = 2e-6
-# PyTorch's float32 exp is one unit in the last place off at 2 of the 128 frequencies, ours at none.
-# Times t = 999 that is 2.9e-5 in the features and shows in what is made of them alone.
-FROM_FREQUENCIES = {"timestep_features": 3e-5, "timestep_embedding": 3e-6, "conditioning": 3e-6}
-# Rounding to float32 is 6e-8; the DDIM step's direction is a difference that loses a digit.
-DIFFUSION_TOLERANCE = 1e-6
-
-
-def network_failures(errors):
-    return {k: e for k, e in errors.items() if e > FROM_FREQUENCIES.get(k, NETWORK_TOLERANCE)}
 
 
 @pytest.mark.parametrize("name", NUM_HEADS)
@@ -73,11 +67,11 @@ def test_sincos(name, grid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["golden", "blocks", "train", "objectives"])
-def test_programs_that_are_optimised_hold_it_too(module):
+@pytest.mark.parametrize("tests", ["test_golden.py", "test_hosts.py", "nn/test_blocks.py", "train"])
+def test_programs_that_are_optimised_hold_it_too(tests):
     """The other tests compile quickly; this is how users do."""
     as_users_do = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/test_{module}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/{tests}"]
     run = subprocess.run(
         command, env=os.environ | as_users_do, cwd=ROOT, capture_output=True, text=True
     )

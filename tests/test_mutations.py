@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import NUM_HEADS, diffusion_errors, network, network_errors
-from test_golden import DIFFUSION_TOLERANCE, NETWORK_TOLERANCE, network_failures
+from goldens import (
+    DIFFUSION_TOLERANCE,
+    NETWORK_TOLERANCE,
+    NUM_HEADS,
+    diffusion_errors,
+    network,
+    network_errors,
+    network_failures,
+)
 
 import equidit as edt
 from equidit import diffusion as dfn

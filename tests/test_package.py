@@ -9,6 +9,7 @@ from typing import get_origin
 
 import jax.numpy as jnp
 import pytest
+from helpers import REFERENCES
 from jaxtyping import TypeCheckError
 
 import equidit as edt
@@ -23,7 +24,7 @@ TOWERS = {
     "commands": ["runs", "cli", "__main__"],
 }
 TOWER = {room: tower for tower, rooms in TOWERS.items() for room in rooms}
-BEFORE = Path(__file__).parent / "data/public_names.txt"
+BEFORE = REFERENCES / "public_names.txt"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LIBRARY = [path for path in FILES if TOWER.get(path.with_suffix("").parts[0]) != "commands"]
 

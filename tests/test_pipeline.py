@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tree_allclose
-from test_pretrained import change_config, diffusers, small, torch
 from test_vae import SIZES, autoencoder, theirs as their_vae
+from weights import change_config, diffusers, small, torch
 
 import equidit as edt
 from equidit import diffusion as dfn, pretrained

@@ -15,7 +15,7 @@ import pytest
 from helpers import Pointwise, difference
 from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType
-from test_data import Numbers, cache, taken
+from streams import Numbers, cache, taken
 
 import equidit as edt
 from equidit import diffusion as dfn, hosts

@@ -11,7 +11,7 @@ def plain(value: Any) -> Any:
     try:
         return json.loads(json.dumps(value))
     except TypeError as error:
-        raise ValueError(f"data and config must be plain data, for JSON: {error}") from error
+        raise ValueError(f"it must be plain data, for JSON: {error}") from error
 
 
 def crc32(content: bytes) -> str:

@@ -13,6 +13,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def former_name(name: str) -> str:
+    """An array's name in checkpoints of before and in fingerprints: a stack's lay in `blocks`."""
+    return "/".join("blocks" if part == "stacked" else part for part in name.split("/"))
+
+
 def named(tree: PyTree, separator: str = "/") -> dict[str, Any]:
     """The arrays of a tree by their paths, e.g. `"ema/blocks/0/weight"`, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, is_array))

@@ -3,7 +3,7 @@
 It is the classic API. The one that is to follow, `orbax.checkpoint.v1`, reads what this writes and
 does the same in all but one thing (orbax 0.12.8): where an array cannot be written or read, it
 raises while others are still on their way, as does the classic one, but does so from two kinds of
-event loops, of which `_run_to_the_end` mends one. `tests/test_checkpoints.py` sees when it waits.
+event loops, of which `_run_to_the_end` mends one. `tests/checkpoint` sees when it waits.
 """
 
 import asyncio

@@ -341,7 +341,8 @@ def _as_saved(
     wanted: dict[str, jax.ShapeDtypeStruct], record: Record
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What is wanted, in its order, by the names in the checkpoint."""
-    return {record.saved_name(name): like for name, like in wanted.items()}
+    names = record.saved_names(wanted)
+    return {names[name]: like for name, like in wanted.items()}
 
 
 def _savable(name: str, leaf: Any) -> jax.Array:

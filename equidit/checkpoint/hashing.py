@@ -1,4 +1,4 @@
-"""The arrays of a tree by name, and a hash of each that is the same on every mesh."""
+"""A hash of every array of a tree, the same on every mesh."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, UInt32
 
 from .._base.records import crc32
-from .._base.trees import named
+from .._base.trees import former_name, named
 
 
 def fingerprints(arrays: Mapping[str, Array]) -> dict[str, str]:
@@ -78,5 +78,8 @@ def fingerprint(tree: Any) -> str:
     """
     arrays = {name: jnp.asarray(leaf) for name, leaf in named(tree).items()}
     hashes = fingerprints(arrays) if arrays else {}
-    lines = [f"{name} {arrays[name].dtype} {arrays[name].shape} {h}" for name, h in hashes.items()]
+    lines = [
+        f"{former_name(name)} {arrays[name].dtype} {arrays[name].shape} {digits}"
+        for name, digits in hashes.items()
+    ]
     return crc32("\n".join(lines).encode())

@@ -1,11 +1,13 @@
 """What a checkpoint says of itself, beside its arrays."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .._base.records import checksum, plain
+from .._base.trees import former_name
 
 FORMAT = 1
 
@@ -80,10 +82,19 @@ class Record:
         if differ:
             raise CheckpointError(f"it is of a run with another config: {_some(differ)}")
 
-    def saved_name(self, name: str) -> str:
-        """An array's name in this checkpoint: a stack's `stacked` was called `blocks`."""
-        former = "/".join("blocks" if part == "stacked" else part for part in name.split("/"))
-        return former if name not in self.arrays and former in self.arrays else name
+    def saved_names(self, wanted: Iterable[str]) -> dict[str, str]:
+        """What arrays are called in this checkpoint, which may have a stack's by a former name."""
+        wanted = list(wanted)
+        rest = self.arrays.keys() - set(wanted)
+        former = {former_name(name): name for name in rest}
+        # What two arrays would be called is the name of neither.
+        unclear = [name for name, n in Counter(map(former_name, rest)).items() if n > 1]
+        return {
+            name: name
+            if name in self.arrays or former_name(name) in unclear
+            else former.get(former_name(name), name)
+            for name in wanted
+        }
 
     def check_arrays(self, wanted: Mapping[str, Any], part: str | None) -> None:
         """Raises `CheckpointError` naming arrays that differ in name, shape or dtype."""

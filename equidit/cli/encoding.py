@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from .._base.common import check_positive, extra
-from .._base.disk import replace
+from .._base.disk import replace, replacing
 from .._base.records import crc32
 from ..checkpoint import fingerprint
 from ..data.images import ImageError, ImageFolder, Small, read_image
@@ -125,7 +125,8 @@ def encode(
             "downsampling": vae.downsampling,
             "skipped": skipped,
         }
-        (work.folder / "files.txt").write_bytes(os.fsencode(names + "\n"))
+        with replacing(work.folder / "files.txt") as file:
+            file.write(os.fsencode(names + "\n"))
         replace(work.folder / "info.json", json.dumps(settings | more, indent=2) + "\n")
         work.finish_folder()
     return skipped

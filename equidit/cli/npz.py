@@ -52,7 +52,7 @@ def write_npz(
     work = Unfinished(path)
     settings = record | {"batch_size": batch_size, "format": FORMAT}
     if not overwrite and _made_with(path) == _mark(settings):
-        work.finish_file()
+        work.clear()
         return
     with work.open(settings, arrays, batch_size, overwrite=overwrite):
         todo = work.remaining()

@@ -192,6 +192,12 @@ class Unfinished:
         for path in (self._done, self._settings, self._lock):
             (self.result / path.name).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Deletes what is left beside a finished file, unless another process is at work on it."""
+        if self.folder.exists():
+            with contextlib.suppress(FileExistsError), locked(self._lock):
+                self.finish_file()
+
     def finish_file(self) -> None:
         """Deletes the folder, once the result is a file in its place."""
         # Renamed first: half of the folder would look like unfinished work.

@@ -225,7 +225,7 @@ def min_snr_weight(
     """
     weight = prediction_of(prediction).min_snr
     if weight is None:
-        raise ValueError(f"prediction={prediction} has no min_snr, which this weight is made of")
+        raise ValueError("the prediction has no min_snr, which this weight is made of: give it one")
     if gamma <= 0:
         raise ValueError(f"gamma={gamma} must be above 0")
     return weight(at(schedule.snr, t), gamma)

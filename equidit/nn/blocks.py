@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,8 +27,8 @@ class AdaLNZeroBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    attention: TokenMixer
-    mlp: TokenMap
+    attention: Any
+    mlp: Any
     modulation: Linear
     norm: TokenMap = eqx.field(static=True)
     norm_mlp: TokenMap = eqx.field(static=True)
@@ -96,8 +97,8 @@ class AdaLNBlock(Module):
         [Peebles & Xie 2022](https://arxiv.org/abs/2212.09748).
     """
 
-    attention: TokenMixer
-    mlp: TokenMap
+    attention: Any
+    mlp: Any
     modulation: Linear
     norm: TokenMap = eqx.field(static=True)
 
@@ -152,9 +153,9 @@ class InContextBlock(Module):
     """
 
     norm_attention: TokenMap
-    attention: TokenMixer
+    attention: Any
     norm_mlp: TokenMap
-    mlp: TokenMap
+    mlp: Any
 
     @renamed(attention="make_attention", mlp="make_mlp", norm="make_norm")
     def __init__(
@@ -208,11 +209,11 @@ class CrossAttentionBlock(Module):
     """
 
     norm_attention: TokenMap
-    attention: TokenMixer
+    attention: Any
     norm_cross: TokenMap
-    cross: TokenMixer
+    cross: Any
     norm_mlp: TokenMap
-    mlp: TokenMap
+    mlp: Any
 
     @renamed(attention="make_attention", mlp="make_mlp", norm="make_norm")
     def __init__(
@@ -265,9 +266,9 @@ class TextCrossAttentionBlock(Module):
         Section 2.3 of [Chen et al. 2023](https://arxiv.org/abs/2310.00426).
     """
 
-    attention: TokenMixer
-    cross: TokenMixer
-    mlp: TokenMap
+    attention: Any
+    cross: Any
+    mlp: Any
     modulation: Linear
     norm: TokenMap = eqx.field(static=True)
 

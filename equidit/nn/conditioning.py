@@ -92,9 +92,8 @@ class LabelEmbedder(Module):
         """
         table = parameter(self, "table", "classes dim")
         _check_label(label, table.shape[0] - 1)
-        return table.at[label].get(
-            mode="fill", fill_value=float("nan"), wrap_negative_indices=False
-        )
+        # Filled with NaN by default; one of our own is equal to no other, and would compile anew.
+        return table.at[label].get(mode="fill", wrap_negative_indices=False)
 
 
 def _check_label(label: Any, null: int) -> None:

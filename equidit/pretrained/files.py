@@ -21,7 +21,6 @@ from .pickles import read_torch
 
 # Of diffusers' files of weights.
 STEM = "diffusion_pytorch_model"
-_INDEX = f"{STEM}.safetensors.index.json"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 # What safetensors itself reads.
 _LONGEST_HEADER = 100_000_000

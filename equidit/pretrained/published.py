@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..configs import Config
 from ..nn.dit import DiT
@@ -35,6 +35,10 @@ class Published:
     # No field: what is described is plain data, and compared as such.
     _network_of: ClassVar[Callable[[Arithmetic], DiT] | None] = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file: a copy in another process cannot load itself."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def load(self, *, arithmetic: Arithmetic | None = None) -> DiT:
         """The network, from what `describe` has open: nothing is looked up or parsed again.
 
@@ -49,7 +53,8 @@ class Published:
 
         **Raises:**
 
-        As those functions do; `ValueError` for one that `describe` did not return.
+        As those functions do; `ValueError` for one that `describe` did not return, or that was
+        pickled since.
         """
         if self._network_of is None:
             raise ValueError("only what describe returns can load itself: call describe(path)")

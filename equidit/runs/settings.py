@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 
@@ -12,7 +12,9 @@ from .._base.common import check_positive
 from .._base.records import differences
 from ..configs import CONFIGS, Config
 from ..data import Small
+from ..nn.stack import Remat
 from ..seams import PRNGKey
+from ..train import Sharding
 from .kinds import KINDS, Kind
 from .process import SCHEDULE_STEPS, Diffusion, Process
 
@@ -36,6 +38,8 @@ MODELS = {"tiny": Config(2, 64, 4, 4)} | CONFIGS
 
 Purpose = Literal["init", "train", "validate", "sample"]
 """What a run draws at random; each has a key of its own."""
+# Folded into the seed: another number is another run.
+_PURPOSES: dict[Purpose, int] = {"init": 0, "train": 1, "validate": 2, "sample": 3}
 
 
 # Whether a setting may be another when a run goes on; one that may not makes it what it is.
@@ -86,9 +90,9 @@ class Settings:
     """Folder of the latents' autoencoder, or its name on the Hugging Face hub: to see pictures."""
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=_FIXED)
     """What the network computes in during training; the state is always float32."""
-    sharding: Literal["replicated", "zero1", "fsdp"] = field(default="replicated", metadata=_FREE)
+    sharding: Sharding = field(default="replicated", metadata=_FREE)
     """What each device holds: all of the state, a part of optimizer and EMA, a part of all."""
-    remat: Literal["none", "dots", "full"] = field(default="none", metadata=_FREE)
+    remat: Remat = field(default="none", metadata=_FREE)
     """What the backward pass computes again, to save memory: nothing, all but products, or all."""
     accumulate: int = field(default=1, metadata=_FIXED)
     """Micro-batches a step."""
@@ -191,8 +195,7 @@ class Settings:
 
     def key(self, purpose: Purpose) -> PRNGKey:
         """The run's key for a purpose."""
-        number = get_args(Purpose).index(purpose)
-        return jax.random.fold_in(jax.random.key(self.seed), number)
+        return jax.random.fold_in(jax.random.key(self.seed), _PURPOSES[purpose])
 
 
 def defaults(data: str) -> dict[str, Any]:

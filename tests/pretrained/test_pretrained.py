@@ -17,12 +17,21 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import NUM_HEADS, network, network_errors
-from helpers import TINY, difference, golden, made, official, tree_allclose
-from test_golden import network_failures
+from goldens import NUM_HEADS, network, network_errors, network_failures
+from helpers import difference, golden, official, tree_allclose
+from weights import (
+    change_config,
+    diffusers,
+    our_output,
+    small,
+    state_dict,
+    tensors,
+    their_dit,
+    their_output,
+    torch,
+)
 
 import equidit as edt
 from equidit import pretrained
@@ -31,8 +40,6 @@ from equidit.pretrained import files, folders, official as official_files, trans
 from equidit.pretrained.official import OFFICIAL
 from equidit.pretrained.tables import export
 
-torch = pytest.importorskip("torch", reason="needs PyTorch and diffusers")
-diffusers = pytest.importorskip("diffusers", reason="needs PyTorch and diffusers")
 pytest.importorskip("safetensors", reason="needs safetensors")
 
 
@@ -44,23 +51,6 @@ TOLERANCE = 1e-4
 @pytest.fixture(autouse=True)
 def quiet():
     diffusers.utils.logging.set_verbosity_error()
-
-
-def small(**sizes):
-    """A network of random weights, of which nothing is computed."""
-    return made(edt.DiT, **(TINY | sizes))
-
-
-def tensors(arrays):
-    return {name: torch.tensor(np.asarray(array)) for name, array in arrays.items()}
-
-
-def state_dict(name="dit_tiny"):
-    return tensors(official(golden(name)))
-
-
-def change_config(path, **change):
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def write_safetensors(path, header, data=b""):
@@ -471,48 +461,6 @@ def test_without_pytorch(tmp_path, monkeypatch):
 
 
 # diffusers' DiT.
-
-
-def their_dit(learn_sigma=True):
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8 if learn_sigma else 4,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.normal_(0, 0.15, generator=generator)
-        first = model.transformer_blocks[0].norm1.emb.state_dict()
-        for block in model.transformer_blocks[1:]:
-            block.norm1.emb.load_state_dict(first)
-    return model
-
-
-def dit_inputs():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(4, 4, 8, 8)).astype(np.float32)
-    return x, np.array([0, 7, 500, 999], np.int32), np.array([0, 3, 4, 5], np.int32)
-
-
-def their_output(model):
-    x, t, label = map(torch.tensor, dit_inputs())
-    with torch.no_grad():
-        return model(x, t.long(), label.long()).sample.numpy()
-
-
-@jax.jit
-def forward(network, *inputs):
-    return jax.vmap(network)(*inputs)
-
-
-def our_output(network):
-    return np.asarray(forward(network, *map(jnp.asarray, dit_inputs())))
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])

@@ -11,7 +11,7 @@ import pytest
 from goldens import network
 from helpers import tree_allclose
 from hypothesis import given, settings, strategies as st
-from test_pretrained import our_output, small, state_dict, their_dit, their_output, torch
+from weights import our_output, small, state_dict, their_dit, their_output, torch
 
 import equidit as edt
 from equidit import pretrained

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import pickle
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from streams import Numbers, cache, taken
 
 import equidit as edt
 from equidit.data import (
@@ -41,23 +41,6 @@ def test_digits():
     flat = [images.image.reshape(-1, 64) for images in (train, held_out)]
     assert not {row.tobytes() for row in flat[0]} & {row.tobytes() for row in flat[1]}
     assert (digits()[1].image == held_out.image).all()
-
-
-class Numbers:
-    """Example i is the number i, and what chance gave it."""
-
-    def __init__(self, size, damaged=()):
-        self.label, self.damaged = np.arange(size), damaged
-
-    def read(self, index, rng):
-        if index in self.damaged:
-            raise ImageError(f"example {index} is damaged", damaged=True)
-        return {"label": np.int64(index), "chance": rng.random()}
-
-
-def taken(count, source, batch_size, **options):
-    with batches(source, batch_size, seed=options.pop("seed", 3), **options) as stream:
-        return [next(stream) for _ in range(count)]
 
 
 def labels(pairs):
@@ -223,15 +206,6 @@ def test_folder_source_mirrors_every_other_picture(tmp_path):
     with pytest.raises(ImageError, match=r"example 0: .*1\.png is no picture") as error:
         source.read(0, np.random.default_rng(0))
     assert error.value.damaged
-
-
-def cache(path, mean, std, label):
-    path.mkdir()
-    for name, array in (("mean", mean), ("std", std), ("label", label)):
-        np.save(path / f"{name}.npy", array)
-    info = {"format": 2, "count": len(label), "classes": ["a", "b"], "autoencoder": "0"}
-    (path / "info.json").write_text(json.dumps(info))
-    return path
 
 
 def test_latents_are_drawn_with_the_moments_of_a_picture_or_its_mirror_image(tmp_path):

@@ -3,15 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
-from helpers import free_port
+from helpers import ROOT, free_port
 
 from benchmarks import faults
 from equidit.checkpoint import Checkpoints
 
-ROOT = Path(__file__).parent.parent
 WORKER = """
 import sys
 import warnings

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import made, tree_allclose
+from helpers import ROOT, made, tree_allclose
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import equidit as edt
@@ -25,7 +24,6 @@ from equidit.checkpoint import CheckpointError, Checkpoints, backend, record
 from equidit.checkpoint.backend import orbax
 
 pytestmark = pytest.mark.usefixtures("quiet")
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -98,6 +96,16 @@ def test_stacks_of_before_are_found_by_their_former_name(tmp_path):
     assert tree_allclose(found["stacked"], jnp.ones(3))
     part = Checkpoints(tmp_path, read_only=True).restore_part(like["ema"], "ema")
     assert tree_allclose(part.state, Former(stack))
+
+
+def test_names_of_before_may_be_mixed_with_those_of_now():
+    saved = ("stacked/blocks/w", "a/blocks", "a/stacked")
+    found = record.Record(1, {}, {}, {name: [] for name in saved})
+    assert found.saved_names(["stacked/stacked/w", "a/stacked", "b"]) == {
+        "stacked/stacked/w": "stacked/blocks/w",
+        "a/stacked": "a/stacked",
+        "b": "b",
+    }
 
 
 def test_state_may_be_donated_right_after(tmp_path):

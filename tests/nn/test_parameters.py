@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import BLOCKS, difference, images, tiny, tree_allclose
-from test_train import KEY, hybrid, mesh, run, toy
+from toys import KEY, hybrid, mesh, run, toy
 
 import equidit as edt
 from equidit.checkpoint import Checkpoints

@@ -9,7 +9,7 @@ import optax
 import pytest
 from helpers import difference, images, tree_allclose
 from jax.sharding import AxisType, PartitionSpec as P
-from test_train import BATCH, KEY, ORDER, SGD, Layer, loss, mesh, run, stepper, toy, trained
+from toys import BATCH, KEY, ORDER, SGD, Layer, loss, mesh, run, stepper, toy, trained
 
 import equidit as edt
 
