@@ -170,4 +170,5 @@ def test_what_zensical_complains_of_is_listed_or_an_error(
     done = SimpleNamespace(stdout=output, returncode=status)
     monkeypatch.setattr(step.subprocess, "run", lambda *args, **kwargs: done)
     monkeypatch.setattr(step, "missing", lambda site: missing)
+    monkeypatch.setattr(step, "allowed", lambda: [r"code block[\s\S]*session start; n1\b"])
     assert step.main() == code

@@ -376,7 +376,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="gamma=0 must be above 0"):
         dfn.min_snr_weight(FULL, 3, gamma=0)
     plain = dataclasses.replace(VELOCITY, min_snr=None)
-    with pytest.raises(ValueError, match=r"prediction=Prediction\(.* has no min_snr"):
+    with pytest.raises(ValueError, match=r"the prediction has no min_snr, .* give it one"):
         dfn.min_snr_weight(FULL, 3, prediction=plain)
     with pytest.raises(ValueError, match="t=1000 is no index"):
         dfn.simple_loss(network, FULL, x0, jnp.asarray(3), key=KEY, t=1000)
