@@ -1,7 +1,7 @@
 """Classifier-free guidance: dropping labels in training, guiding a network in sampling."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -16,7 +16,17 @@ from .seams import Network, Number, PRNGKey, Scalar
 Cond = TypeVar("Cond")
 
 
-def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> Cond:
+@overload
+def drop_label(
+    label: Number, null: Any, probability: Scalar, *, key: PRNGKey
+) -> Int[Array, ""] | Float[Array, ""]: ...
+
+
+@overload
+def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> Cond: ...
+
+
+def drop_label(label: Any, null: Any, probability: Scalar, *, key: PRNGKey) -> Any:
     """Replaces an example's conditioning by the null conditioning, now and then.
 
     **Arguments:**
@@ -29,7 +39,7 @@ def drop_label(label: Cond, null: Any, probability: Scalar, *, key: PRNGKey) -> 
 
     **Returns:**
 
-    `label` or `null`.
+    `label` or `null`; arrays, where they were numbers.
 
     ??? cite
 

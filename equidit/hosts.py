@@ -124,8 +124,8 @@ def over_mesh(
     - `function`: called by position, with arrays and anything else; returns arrays.
     - `mesh`: devices with an axis called `"data"`; `None` is one device, and `function` as it is.
     - `in_specs`: for each argument a `PartitionSpec`, or a tree of them for its arrays. By default
-        every device has all of the first argument, e.g. a network, and its share of the others
-        along their first axes.
+        every device has all of the first argument, e.g. a network, and of arrays without axes, and
+        its share of the others along their first axes.
     - `out_specs`: the same for the result; by default its first axis is the batch's.
 
     **Returns:**
@@ -137,7 +137,8 @@ def over_mesh(
 
     def run(*args: Any) -> Any:
         arrays, rest = eqx.partition(args, eqx.is_array)
-        usual = (_EVERYWHERE, *[_SHARED] * (len(args) - 1))
+        divided = lambda leaf: _SHARED if leaf.ndim else _EVERYWHERE  # noqa: E731
+        usual = (_EVERYWHERE, *jax.tree.map(divided, arrays[1:]))
         return jax.shard_map(
             lambda *arrays: function(*eqx.combine(arrays, rest)),
             mesh=mesh,

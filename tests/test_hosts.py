@@ -68,6 +68,10 @@ def test_a_function_over_a_mesh_is_the_function():
     assert found.sharding.spec == jax.P(edt.hosts.DATA)
     assert tree_allclose(many(tree, x, scale), found, 1e-6)
     assert edt.hosts.over_mesh(many, None) is many
+    # A number and a key are whole.
+    noisy = lambda a, x, b, key: a * x + b * jax.random.normal(key)  # noqa: E731
+    args = (jnp.float32(2), jnp.arange(8.0), jnp.float32(3), jax.random.key(0))
+    assert tree_allclose(noisy(*args), jax.jit(edt.hosts.over_mesh(noisy, MESH))(*args), 1e-6)
 
 
 def test_specs_say_what_is_divided():

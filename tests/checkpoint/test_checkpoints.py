@@ -1,6 +1,7 @@
 """What is restored is bit for bit what was saved, or it is refused."""
 
 import asyncio
+import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ROOT, made, tree_allclose
+from helpers import REFERENCES, ROOT, made, tree_allclose
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import equidit as edt
@@ -81,6 +82,19 @@ def test_training_state_and_static_leaves(tmp_path):
         assert faults.same(ema.state, saved.ema)
         step = checkpoints.restore_part(wanted.step, "step")
         assert faults.same(step.state, saved.step)
+
+
+def test_a_checkpoint_of_before_restores():
+    """Written at commit 36300ba, where a stack's arrays had another name."""
+    config = edt.Config(2, 8, 2, 2, in_channels=1, num_classes=3)
+    shapes = eqx.filter_eval_shape(edt.build, config, key=jax.random.key(0))
+    draw = np.random.default_rng(0).normal
+    network = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), shapes)
+    folder, config = REFERENCES / "checkpoint", dataclasses.asdict(config)
+    found = restore(folder, {"ema": shapes, "step": jnp.asarray(0)}, config=config)
+    assert (found.step, found.state["step"], found.data) == (5, 5, {"epoch": 2})
+    assert tree_allclose(found.state["ema"], network)
+    assert edt.checkpoint.fingerprint(network) == "037e614e"
 
 
 def test_stacks_of_before_are_found_by_their_former_name(tmp_path):
