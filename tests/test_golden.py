@@ -67,11 +67,20 @@ def test_sincos(name, grid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["test_golden.py", "test_hosts.py", "nn/test_blocks.py", "train"])
-def test_programs_that_are_optimised_hold_it_too(tests):
+@pytest.mark.parametrize(
+    ("tests", "named"),
+    [
+        ("test_golden.py", "test_"),
+        ("test_hosts.py", "test_"),
+        ("nn/test_blocks.py", "loop"),
+        ("train/test_train.py", "devices or device_order or same_seed"),
+        ("train/test_sharding.py", "does_not_matter or same_bits"),
+    ],
+)
+def test_programs_that_are_optimised_hold_it_too(tests, named):
     """The other tests compile quickly; this is how users do."""
     as_users_do = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/{tests}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/{tests}", "-k", named]
     run = subprocess.run(
         command, env=os.environ | as_users_do, cwd=ROOT, capture_output=True, text=True
     )
