@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -220,3 +221,15 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def run_together(commands: list[list[Any]], timeout: float, **options: Any) -> None:
+    """Runs processes that wait for one another; what they said is shown if one of them fails."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, **pipes, **options) for command in commands]
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(said)[-4000:]

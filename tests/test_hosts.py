@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import free_port, images, tree_allclose
+from helpers import free_port, images, run_together, tree_allclose
 from jax.sharding import AxisType
 
 import equidit as edt
@@ -21,21 +20,8 @@ def two_processes(folder, sharding):
     port = free_port()
     path = [str(Path(edt.__file__).parents[1]), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {path}; import hosts_worker; hosts_worker.main()"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(port), str(index), sharding, folder / "found.npz"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=480)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)[-4000:]
+    start = [sys.executable, "-c", code, str(port)]
+    run_together([[*start, str(i), sharding, folder / "found.npz"] for i in range(2)], 480)
     return dict(np.load(folder / "found.npz"))
 
 

@@ -77,7 +77,8 @@ def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
     def accept(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         try:
-            _take_former(former, kwargs)
+            if former:
+                _take_former(former, kwargs)
             pairs = itertools.zip_longest(args, placed[: len(args)])
             args = tuple(arg if convert is None else convert(arg) for arg, convert in pairs)
             for name in kwargs:

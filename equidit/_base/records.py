@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples as lists, keys as strings. `ValueError` if that cannot be."""
+def plain(value: Any, name: str) -> Any:
+    """As JSON gives it back: tuples as lists, keys as strings. `ValueError` if that cannot be, by
+    the `name` of what was given."""
     try:
         return json.loads(json.dumps(value))
     except TypeError as error:
-        raise ValueError(f"it must be plain data, for JSON: {error}") from error
+        raise ValueError(f"{name} must be plain data, for JSON: {error}") from error
 
 
 def crc32(content: bytes) -> str:

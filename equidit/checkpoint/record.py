@@ -39,7 +39,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """With the format's version and a checksum of all the rest."""
-        content = plain({"format": FORMAT, **vars(self)})
+        content = plain({"format": FORMAT, **vars(self)}, "data and config")
         return content | {"checksum": checksum(content)}
 
     @classmethod
@@ -73,7 +73,7 @@ class Record:
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raises `CheckpointError` naming the fields that differ."""
-        saved, now = dict(_fields(self.config)), dict(_fields(plain(config)))
+        saved, now = dict(_fields(self.config)), dict(_fields(plain(config, "config")))
         differ = [
             f"{name}={now.get(name, 'missing')} (saved: {saved.get(name, 'missing')})"
             for name in sorted(saved.keys() | now.keys())

@@ -117,7 +117,7 @@ class Unfinished:
                     raise ValueError("it is no JSON object")
             except (ValueError, RecursionError) as error:
                 raise self._damaged("settings.json", f": {error}") from error
-            differ = differences(plain(settings), saved)
+            differ = differences(plain(settings, "settings"), saved)
             # Ours has `done`, made before its settings: what lacks it is not ours to delete.
             begun = self._done.read_bytes() if self._done.is_file() else None
             if differ and begun is not None and (overwrite or not any(begun)):

@@ -159,7 +159,7 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        return plain(self.settings.fixed() | dataclasses.asdict(self.task.about))
+        return plain(self.settings.fixed() | dataclasses.asdict(self.task.about), "settings")
 
     def train(self, state: TrainState, profile: int | None) -> bool:
         settings, folder = self.settings, self.folder

@@ -55,14 +55,14 @@ def test_a_lock_is_held_by_one(tmp_path):
 
 
 def test_records_are_plain_and_their_differences_named():
-    was = plain({"seed": 0, "shape": (1, 2), "gone": None, 3: "x"})
+    was = plain({"seed": 0, "shape": (1, 2), "gone": None, 3: "x"}, "settings")
     assert was == {"seed": 0, "shape": [1, 2], "gone": None, "3": "x"}
     assert checksum(was) == checksum(dict(reversed(was.items()))) == "bd397e10"
     assert differences(was, was) == differences({"a": 1}, {"a": 1, "gone": None}) == ""
     now = was | {"seed": 1, "new": 2}
     assert differences(now, was) == "new=2 (was None), seed=1 (was 0)"
-    with pytest.raises(ValueError, match="must be plain data"):
-        plain({"a": object()})
+    with pytest.raises(ValueError, match="settings must be plain data"):
+        plain({"a": object()}, "settings")
 
 
 def test_fingerprints_of_trees():

@@ -1,11 +1,10 @@
 """Checkpoints between two processes with four devices each, and one."""
 
 import os
-import subprocess
 import sys
 
 import jax
-from helpers import ROOT, free_port
+from helpers import ROOT, free_port, run_together
 
 from benchmarks import faults
 from equidit.checkpoint import Checkpoints
@@ -85,23 +84,8 @@ def test_two_processes_and_back(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, faults.small_state(1), data={"index": 1}, config=faults.CONFIG)
     port = free_port()
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(i), str(port), str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    workers = [[sys.executable, "-c", WORKER, str(i), str(port), str(tmp_path)] for i in range(2)]
+    run_together(workers, 120, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     like = jax.eval_shape(lambda: {k: v for k, v in faults.small_state(0).items() if k != "name"})
     found = Checkpoints(tmp_path, read_only=True).restore(like | {"name": "not an array"})
     assert (found.step, found.data, found.fell_back) == (3, {"index": 3}, [])

@@ -337,7 +337,7 @@ def test_what_cannot_be_saved(tmp_path):
         ]:
             with pytest.raises(ValueError, match=words):
                 checkpoints.save(1, bad, data={}, config={})
-        with pytest.raises(ValueError, match="must be plain data"):
+        with pytest.raises(ValueError, match="data and config must be plain data"):
             checkpoints.save(1, state(), data={"rng": object()}, config={})
         checkpoints.save(2, state(2), data={}, config={})
         for step in (1, 2):
